@@ -1,0 +1,279 @@
+// The three operators on CPU tensors: check, take raw pointers, share the rows out. Schemas at the end; the Python
+// twin of every argument is eakd_kernels/ops.py.
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
+#include <sys/mman.h>
+#include <torch/library.h>
+
+#include <optional>
+#include <tuple>
+
+#include "rows.h"
+
+namespace eakd {
+namespace {
+
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+// ---- tensors -> views --------------------------------------------------------------------------------------------
+
+// The leading dimensions as (outer, inner) with one stride each, or false if they need more than two strides.
+bool view_rows(const Tensor& t, LogitsView& v) {
+  int64_t sizes[2] = {1, 1}, strides[2] = {0, 0};  // innermost first
+  int used = 0;
+  for (int64_t i = t.dim() - 2; i >= 0; --i) {
+    if (t.size(i) == 1) continue;
+    if (used > 0 && t.stride(i) == strides[used - 1] * sizes[used - 1]) {
+      sizes[used - 1] *= t.size(i);
+    } else {
+      if (used == 2) return false;
+      sizes[used] = t.size(i), strides[used] = t.stride(i), ++used;
+    }
+  }
+  v.inner = sizes[0], v.inner_stride = strides[0], v.outer_stride = strides[1];
+  return true;
+}
+
+Storage storage_of(const Tensor& t) {
+  switch (t.scalar_type()) {
+    case at::kFloat: return Storage::kFloat;
+    case at::kDouble: return Storage::kDouble;
+    case at::kBFloat16: return Storage::kBFloat16;
+    case at::kHalf: return Storage::kHalf;
+    default: TORCH_CHECK(false, "logits must be float64, float32, bfloat16 or float16, got ", t.scalar_type());
+  }
+}
+
+// Makes `t` contiguous where its leading dimensions need more than two strides; the caller keeps it alive.
+LogitsView view(Tensor& t) {
+  LogitsView v;
+  if (t.numel() > 0 && !view_rows(t, v)) {
+    t = t.contiguous();
+    view_rows(t, v);
+  }
+  v.data = static_cast<char*>(t.data_ptr());
+  v.storage = storage_of(t);
+  v.item_bytes = t.element_size();
+  v.vocab_stride = t.size(-1) > 1 ? t.stride(-1) : 1;
+  return v;
+}
+
+// ---- the arguments that all operators share ----------------------------------------------------------------------
+
+struct Rows {
+  Tensor student, teacher, labels, keep, temperature_values, gradient;  // what `job` points into
+  RowJob job;
+  const double* row_temperatures = nullptr;
+  double tau, t;
+  std::vector<int64_t> leading;
+
+  Rows(const Tensor& student_, const Tensor& teacher_, const OptionalTensor& labels_, const OptionalTensor& keep_,
+       const OptionalTensor& temperatures_, double temperature, double entropy_temperature, int64_t vocab_size)
+      : student(student_), teacher(teacher_), tau(temperature), t(entropy_temperature) {
+    TORCH_CHECK(student.dim() >= 1 && student.sizes().slice(0, student.dim() - 1) ==
+                    teacher.sizes().slice(0, teacher.dim() - 1), "student and teacher must have the same rows");
+    TORCH_CHECK(vocab_size >= 1 && vocab_size <= student.size(-1) && vocab_size <= teacher.size(-1),
+                "vocab_size ", vocab_size, " is outside the logits' last dimension");
+    leading = student.sizes().slice(0, student.dim() - 1).vec();
+    job.rows = c10::multiply_integers(leading);
+    job.vocab_size = vocab_size;
+    job.student = view(student);
+    job.teacher = view(teacher);
+    job.labels = per_row<int64_t>(labels_, at::kLong, labels);
+    job.keep = per_row<bool>(keep_, at::kBool, keep);
+    row_temperatures = per_row<double>(temperatures_, at::kDouble, temperature_values);
+  }
+
+  template <typename T>
+  RowTemperatures<T> temperatures() const { return RowTemperatures<T>(row_temperatures, tau, t); }
+
+  // A pointer to one value a row; a 0-d tensor serves every row.
+  template <typename T>
+  const T* per_row(const OptionalTensor& given, at::ScalarType type, Tensor& holder) const {
+    if (!given.has_value()) return nullptr;
+    holder = given->to(type).expand(leading).contiguous();
+    return holder.const_data_ptr<T>();
+  }
+
+  bool is_double() const { return job.student.storage == Storage::kDouble || job.teacher.storage == Storage::kDouble; }
+
+  at::TensorOptions options() const { return student.options().dtype(is_double() ? at::kDouble : at::kFloat); }
+
+  Tensor new_statistics(int64_t fields) const {
+    std::vector<int64_t> sizes = {fields};
+    sizes.insert(sizes.end(), leading.begin(), leading.end());
+    return at::zeros(sizes, options());
+  }
+
+  void set_gradient(const Tensor& gradient_) {
+    gradient = gradient_;
+    job.gradient = view(gradient);
+    TORCH_CHECK(gradient.data_ptr() == gradient_.data_ptr(), "the gradient needs at most two leading strides");
+    job.gradient_columns = gradient.size(-1);
+    job.gradient_over_student = gradient.data_ptr() == student.data_ptr();
+    if (!job.gradient_over_student) advise_huge_pages();
+  }
+
+  // Half of the time of a large fresh buffer goes into page faults; huge pages have 512 times fewer.
+  void advise_huge_pages() const {
+#if defined(MADV_HUGEPAGE)
+    constexpr uintptr_t kHugePage = 2 << 20;
+    const auto begin = reinterpret_cast<uintptr_t>(gradient.data_ptr());
+    const uintptr_t first = (begin + kHugePage - 1) / kHugePage * kHugePage;
+    const uintptr_t last = (begin + gradient.nbytes()) / kHugePage * kHugePage;
+    if (gradient.is_contiguous() && last > first) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#endif
+  }
+
+  template <typename T>
+  T label_logit(int64_t row) const {
+    if (job.labels == nullptr) return T(0);
+    const int64_t label = job.labels[row];
+    if (label < 0 || label >= job.vocab_size) return T(NAN);
+    const char* p = job.student.at(row, label);
+    switch (job.student.storage) {
+      case Storage::kFloat: return T(*reinterpret_cast<const float*>(p));
+      case Storage::kDouble: return T(*reinterpret_cast<const double*>(p));
+      case Storage::kBFloat16: return T(float(*reinterpret_cast<const c10::BFloat16*>(p)));
+      case Storage::kHalf: return T(float(*reinterpret_cast<const c10::Half*>(p)));
+    }
+    return T(NAN);
+  }
+};
+
+#define EAKD_ROW_PARAMETERS \
+  const Tensor &student, const Tensor &teacher, const OptionalTensor &labels, const OptionalTensor &keep, \
+      const OptionalTensor &temperatures, double temperature, double entropy_temperature, int64_t vocab_size
+#define EAKD_ROW_ARGUMENTS student, teacher, labels, keep, temperatures, temperature, entropy_temperature, vocab_size
+
+// ---- row statistics ----------------------------------------------------------------------------------------------
+
+template <typename T>
+RowResult<T> finish_row(const Rows& rows, int64_t row, const RowState<T>& state, const Temperatures<T>& k, T* out) {
+  const RowResult<T> r = finish(state, k, rows.label_logit<T>(row));
+  const int64_t stride = rows.job.rows;
+  out += row;
+  out[kDivergence * stride] = r.divergence;
+  out[kTeacherEntropy * stride] = r.teacher_entropy, out[kStudentEntropy * stride] = r.student_entropy;
+  out[kTeacherLse * stride] = r.teacher_lse, out[kStudentLse * stride] = r.student_lse;
+  if (rows.job.labels != nullptr) out[kCrossEntropy * stride] = r.cross_entropy;
+  return r;
+}
+
+template <typename T>
+void compute_statistics(const Rows& rows, T* out) {
+  const int64_t stride = rows.job.rows;
+  const RowTemperatures<T> temperatures = rows.temperatures<T>();
+  visit_states<T>(rows.job, temperatures, [&](int64_t row, const RowState<T>& s) {
+    const RowResult<T> r = finish_row(rows, row, s, temperatures.at(row), out);
+    const T saved[] = {s.My, s.Mz, s.B0, s.D0, s.E0, s.F0};
+    for (int i = 0; i < 6; ++i) out[(kTeacherMax + i) * stride + row] = saved[i];
+    if (!rows.job.temperature_slopes) return;
+    out[kDivergenceSlope * stride + row] = r.divergence_slope;
+    out[kStudentLseSlope * stride + row] = r.student_lse_slope;
+  });
+}
+
+Tensor row_statistics(EAKD_ROW_PARAMETERS, bool temperature_slopes) {
+  Rows rows(EAKD_ROW_ARGUMENTS);
+  rows.job.temperature_slopes = temperature_slopes;
+  Tensor out = rows.new_statistics(kNumStatistics);
+  if (rows.is_double()) compute_statistics(rows, out.data_ptr<double>());
+  else compute_statistics(rows, out.data_ptr<float>());
+  return out;
+}
+
+// ---- gradient from row coefficients ------------------------------------------------------------------------------
+
+template <typename T>
+void compute_gradient(const Rows& rows, const T* statistics, const T* const upstream[4]) {
+  const int64_t stride = rows.job.rows;
+  const RowTemperatures<T> temperatures = rows.temperatures<T>();
+  write_gradient<T>(rows.job, temperatures, [&](int64_t row) {
+    const auto saved = [&](Field field) { return statistics[field * stride + row]; };
+    const auto g = [&](int i) { return upstream[i] == nullptr ? T(0) : upstream[i][row]; };
+    return gradient_basis(saved(kTeacherMax), saved(kStudentMax), saved(kTeacherSum), saved(kStudentSum),
+                          saved(kStudentEntropySum), saved(kStudentHardSum), saved(kStudentEntropy),
+                          temperatures.at(row), g(0), g(1), g(2), g(3));
+  });
+}
+
+void row_gradient(EAKD_ROW_PARAMETERS, const Tensor& statistics, const OptionalTensor& grad_divergence,
+                  const OptionalTensor& grad_student_entropy, const OptionalTensor& grad_student_lse,
+                  const OptionalTensor& grad_cross_entropy, const Tensor& gradient) {
+  Rows rows(EAKD_ROW_ARGUMENTS);
+  rows.set_gradient(gradient);
+  Tensor holders[4];
+  const auto run = [&](auto zero) {
+    using T = decltype(zero);
+    const OptionalTensor* given[4] = {&grad_divergence, &grad_student_entropy, &grad_student_lse, &grad_cross_entropy};
+    const T* upstream[4];
+    for (int i = 0; i < 4; ++i) upstream[i] = rows.per_row<T>(*given[i], rows.options().dtype().toScalarType(), holders[i]);
+    const Tensor saved = statistics.contiguous();
+    compute_gradient<T>(rows, saved.const_data_ptr<T>(), upstream);
+  };
+  if (rows.is_double()) run(double());
+  else run(float());
+}
+
+// ---- one pass ----------------------------------------------------------------------------------------------------
+
+template <typename T>
+double compute_loss(const Rows& rows, const LossRule& rule, const T* weights, double scale, T* out) {
+  const RowJob& job = rows.job;
+  const RowTemperatures<T> temperatures = rows.temperatures<T>();
+  write_gradient_in_one_pass<T>(job, temperatures, [&](int64_t row, const RowState<T>& s) {
+    const Temperatures<T> k = temperatures.at(row);
+    const RowResult<T> r = finish_row(rows, row, s, k, out);
+    const RowLoss<T> loss = row_loss(r, k, rule, weights == nullptr ? T(1) : weights[row]);
+    out[kWeight * job.rows + row] = loss.weight, out[kLoss * job.rows + row] = loss.loss;
+    return gradient_basis(s.My, s.Mz, s.B0, s.D0, s.E0, s.F0, r.student_entropy, k, T(loss.divergence_factor * scale),
+                          T(0), T(0), T(rule.ce_weight * scale));
+  });
+  double total = 0;  // in row order, so that the sum does not depend on the threads
+  for (int64_t row = 0; row < job.rows; ++row) total += out[kLoss * job.rows + row];
+  return total * scale;
+}
+
+std::tuple<Tensor, Tensor> one_pass(EAKD_ROW_PARAMETERS, const OptionalTensor& weights, int64_t weighting,
+                                    double entropy_bound, double weight_scale, bool tau_squared, double kd_weight,
+                                    double ce_weight, double scale, const OptionalTensor& denominator,
+                                    const Tensor& gradient) {
+  Rows rows(EAKD_ROW_ARGUMENTS);
+  rows.set_gradient(gradient);
+  const LossRule rule{static_cast<Weighting>(weighting), tau_squared, entropy_bound, weight_scale, kd_weight, ce_weight};
+  if (denominator.has_value()) scale /= denominator->item<double>();
+  Tensor out = rows.new_statistics(kNumLossStatistics), loss = at::empty({}, rows.options()), holder;
+  const auto run = [&](auto zero) {
+    using T = decltype(zero);
+    const T* given = rows.per_row<T>(weights, rows.options().dtype().toScalarType(), holder);
+    *loss.data_ptr<T>() = T(compute_loss<T>(rows, rule, given, scale, out.data_ptr<T>()));
+  };
+  if (rows.is_double()) run(double());
+  else run(float());
+  return {loss, out};
+}
+
+#define EAKD_ROW_SCHEMA \
+  "Tensor student, Tensor teacher, Tensor? labels, Tensor? keep, Tensor? temperatures, float temperature, " \
+  "float entropy_temperature, int vocab_size, "
+
+TORCH_LIBRARY(eakd_cpu, m) {
+  m.def("row_statistics(" EAKD_ROW_SCHEMA "bool temperature_slopes) -> Tensor");
+  m.def("row_gradient(" EAKD_ROW_SCHEMA "Tensor statistics, Tensor? grad_divergence, Tensor? grad_student_entropy, "
+        "Tensor? grad_student_lse, Tensor? grad_cross_entropy, Tensor(a!) gradient) -> ()");
+  m.def("one_pass(" EAKD_ROW_SCHEMA "Tensor? weights, int weighting, float entropy_bound, float weight_scale, "
+        "bool tau_squared, float kd_weight, float ce_weight, float scale, Tensor? denominator, "
+        "Tensor(a!) gradient) -> (Tensor, Tensor)");
+}
+
+TORCH_LIBRARY_IMPL(eakd_cpu, CPU, m) {
+  m.impl("row_statistics", &row_statistics);
+  m.impl("row_gradient", &row_gradient);
+  m.impl("one_pass", &one_pass);
+}
+
+}  // namespace
+}  // namespace eakd

@@ -1,0 +1,297 @@
+// The two sweeps over one segment of a row pair, for the instruction set of the including file: its state, and its
+// gradient. Everything runs on blocks of the arithmetic type (fp32, or fp64 where a side is fp64) in the first-level
+// cache, padded with -inf to whole vectors, so storage types and tails are the business of load_block and store_block.
+#pragma once
+
+#include "row_kernels.h"
+#include "simd.h"
+
+namespace eakd {
+namespace {
+
+template <typename T> struct Block { alignas(64) T values[kBlock]; };
+
+// ---- storage <-> blocks ----------------------------------------------------------------------------------------
+
+// n columns as T, padded with -inf; returns their maximum, which drops NaN (the sums keep it).
+template <typename T, typename S> T load_columns(const S* from, int64_t stride, int64_t n, T* to) {
+  Vec<T> m = splat(-T(INFINITY));
+  int64_t i = 0;
+  if (stride == 1)
+    for (; i + kLanes <= n; i += kLanes) {
+      const Vec<T> v = load_as<T>(from + i);
+      m = larger(v, m);
+      store(to + i, v);
+    }
+  for (; i < n; i += kLanes) {
+    S lanes[kLanes] = {};
+    for (int l = 0; l < kLanes && i + l < n; ++l) lanes[l] = from[(i + l) * stride];
+    store(to + i, load_as<T>(lanes));
+    for (int64_t l = n; l < i + kLanes; ++l) to[l] = -T(INFINITY);
+    const Vec<T> v = load(to + i);
+    m = larger(v, m);
+  }
+  return max<T>(m);
+}
+
+template <typename T, typename S> void store_columns(const T* from, int64_t stride, int64_t n, S* to) {
+  int64_t i = 0;
+  if (stride == 1)
+    for (; i + kLanes <= n; i += kLanes) store_as<T>(to + i, load(from + i));
+  for (; i < n; i += kLanes) {
+    S lanes[kLanes];
+    store_as<T>(lanes, load(from + i));
+    for (int l = 0; l < kLanes && i + l < n; ++l) to[(i + l) * stride] = lanes[l];
+  }
+}
+
+template <typename T> constexpr Storage native = sizeof(T) == 8 ? Storage::kDouble : Storage::kFloat;
+
+template <typename T> struct Columns {
+  const T* values;
+  T max;
+};
+
+// n columns as T and their maximum: where they lie if they can be read there, else converted into `scratch`.
+template <typename T>
+Columns<T> load_block(const LogitsView& v, const char* row, int64_t column, int64_t n, T* scratch, bool copy) {
+  const char* p = row + column * v.vocab_stride * v.item_bytes;
+  if (v.storage == native<T> && v.vocab_stride == 1 && n % kLanes == 0 && !copy) {
+    const T* x = reinterpret_cast<const T*>(p);
+    Vec<T> m = splat(-T(INFINITY));
+    for (int64_t i = 0; i < n; i += kLanes) {
+      const Vec<T> value = load(x + i);
+      m = larger(value, m);
+    }
+    return {x, max<T>(m)};
+  }
+  switch (v.storage) {
+    case Storage::kFloat: return {scratch, load_columns<T>((const float*)p, v.vocab_stride, n, scratch)};
+    case Storage::kBFloat16: return {scratch, load_columns<T>((const BFloat16*)p, v.vocab_stride, n, scratch)};
+    case Storage::kHalf: return {scratch, load_columns<T>((const Half*)p, v.vocab_stride, n, scratch)};
+    case Storage::kDouble:
+      if constexpr (sizeof(T) == 8)
+        return {scratch, load_columns<T>((const double*)p, v.vocab_stride, n, scratch)};
+  }
+  return {};
+}
+
+// Blocks are single pages, at whose ends the hardware's prefetching stops: arithmetic on one block asks for the next.
+// Past the end of the row that is the next row, or nothing; a prefetch never faults.
+struct Ahead {
+  const char *teacher, *student;
+  int64_t teacher_bytes, student_bytes;  // a column
+
+  Ahead(const RowJob& job, const RowPair& row, int64_t column)
+      : teacher_bytes(job.teacher.vocab_stride == 1 ? job.teacher.item_bytes : 0),
+        student_bytes(job.student.vocab_stride == 1 ? job.student.item_bytes : 0) {
+    teacher = row.teacher + column * teacher_bytes, student = row.student + column * student_bytes;
+  }
+  void fetch(int64_t i) const {
+    __builtin_prefetch(teacher + i * teacher_bytes);
+    __builtin_prefetch(student + i * student_bytes);
+  }
+};
+
+template <typename T> void store_block(const LogitsView& v, char* row, int64_t column, int64_t n, const T* from) {
+  char* p = row + column * v.vocab_stride * v.item_bytes;
+  switch (v.storage) {
+    case Storage::kFloat: store_columns<T>(from, v.vocab_stride, n, (float*)p); break;
+    case Storage::kDouble: store_columns<T>(from, v.vocab_stride, n, (double*)p); break;
+    case Storage::kBFloat16: store_columns<T>(from, v.vocab_stride, n, (BFloat16*)p); break;
+    case Storage::kHalf: store_columns<T>(from, v.vocab_stride, n, (Half*)p); break;
+  }
+}
+
+// ---- statistics ------------------------------------------------------------------------------------------------
+
+template <typename T> T centre(T m) { return m == -T(INFINITY) ? T(0) : m; }
+
+// The sums of one block at both temperatures. With tau = T0/P and t = T0/Q for small integers, one exponential
+// u = 2^x, x = (y - My) log2(e)/T0, gives 2^b = u^P and 2^a = u^Q. P = Q = 0: no such ratio, two exponentials.
+// keep_b, keep_d: [n], where 2^b and 2^d are to stay; null: nowhere. `ahead` fetches the next block meanwhile.
+template <typename T, int P, int Q>
+void add_block_sums(RowState<T>& s, const T* y, const T* z, int64_t n, const Temperatures<T>& k, T* keep_b, T* keep_d,
+                    const Ahead& ahead) {
+  constexpr bool shared = P > 0;
+  const T k0 = shared ? k.k_tau / T(P) : k.k_tau, to_t = shared ? T(Q) : k.k_t / k.k_tau;
+  const T my = centre(s.My), mz = centre(s.Mz);
+  Vec<T> A0{}, A1{}, E0{}, E1{}, B0{}, Bd{}, D0{};
+  for (int64_t i = 0; i < n; i += kLanes) {
+    ahead.fetch(i);
+    const Vec<T> xy = raise_to((load(y + i) - my) * k0, kExp2Floor<T>), xz_raw = (load(z + i) - mz) * k0;
+    const Vec<T> xz = raise_to(xz_raw, kExp2Floor<T>);
+    const Vec<T> uy = exp2_from_floor(xy), uz = exp2_from_floor(xz);
+    Vec<T> eb, ed, ea, ee, ay, az;
+    if constexpr (shared) {
+      eb = power<P>(uy), ed = power<P>(uz), ea = power<Q>(uy), ee = power<Q>(uz), ay = xy, az = xz;
+    } else {
+      ay = raise_to(xy * to_t, kExp2Floor<T>), az = raise_to(xz * to_t, kExp2Floor<T>);
+      eb = uy, ed = uz, ea = exp2_from_floor(ay), ee = exp2_from_floor(az);
+    }
+    B0 += eb, D0 += ed;
+    if (keep_b != nullptr) store(keep_b + i, eb), store(keep_d + i, ed);
+    // Unclamped student exponent: -inf under teacher mass is an infinite divergence. No mass, no term.
+    Bd += eb > T(0) ? eb * (xy - xz_raw) : Vec<T>{};
+    A1 += ea * ay, E1 += ee * az;
+    if constexpr (P != Q || !shared) A0 += ea, E0 += ee;
+  }
+  const T unit_tau = shared ? T(P) : T(1), unit_t = shared ? T(Q) : T(1);
+  s.B0 = sum<T>(B0), s.D0 = sum<T>(D0), s.Bd = sum<T>(Bd) * unit_tau;
+  s.A1 = sum<T>(A1) * unit_t, s.E1 = sum<T>(E1) * unit_t;
+  s.A0 = shared && P == Q ? s.B0 : sum<T>(A0), s.E0 = shared && P == Q ? s.D0 : sum<T>(E0);
+}
+
+template <typename T> T block_hard_sum(const T* z, int64_t n, T mz) {
+  Vec<T> F0{};
+  for (int64_t i = 0; i < n; i += kLanes) F0 += exp2_any<T>((load(z + i) - mz) * T(kLog2E));
+  return sum<T>(F0);
+}
+
+template <typename T>
+void add_block_slopes(RowState<T>& s, const T* y, const T* z, int64_t n, const Temperatures<T>& k) {
+  const T my = centre(s.My), mz = centre(s.Mz);
+  Vec<T> B1{}, D1{}, Bbd{};
+  for (int64_t i = 0; i < n; i += kLanes) {
+    const Vec<T> b = raise_to((load(y + i) - my) * k.k_tau, kExp2Floor<T>), d_raw = (load(z + i) - mz) * k.k_tau;
+    const Vec<T> d = raise_to(d_raw, kExp2Floor<T>), eb = exp2_from_floor(b);
+    B1 += eb * b, D1 += exp2_from_floor(d) * d;
+    Bbd += eb > T(0) ? eb * b * (b - d_raw) : Vec<T>{};
+  }
+  s.B1 = sum<T>(B1), s.D1 = sum<T>(D1), s.Bbd = sum<T>(Bbd);
+}
+
+template <typename T> 
+using SumBlock = void (*)(RowState<T>&, const T*, const T*, int64_t, const Temperatures<T>&, T*, T*, const Ahead&);
+
+// The cheapest way to both temperatures: the first pair with P tau = Q t.
+template <typename T> SumBlock<T> sum_block_for(const Temperatures<T>& k) {
+  struct Ratio { int P, Q; SumBlock<T> sum; };
+#define EAKD_RATIO(P, Q) {P, Q, add_block_sums<T, P, Q>}
+  static constexpr Ratio ratios[] = {EAKD_RATIO(1, 1), EAKD_RATIO(2, 1), EAKD_RATIO(3, 1), EAKD_RATIO(4, 1),
+                                     EAKD_RATIO(1, 2), EAKD_RATIO(1, 3), EAKD_RATIO(1, 4), EAKD_RATIO(3, 2),
+                                     EAKD_RATIO(2, 3), EAKD_RATIO(3, 4), EAKD_RATIO(4, 3)};
+#undef EAKD_RATIO
+  for (const Ratio& r : ratios)
+    if (T(r.P) * k.tau == T(r.Q) * k.t) return r.sum;
+  return add_block_sums<T, 0, 0>;
+}
+
+// The blocks of one segment: block b has the columns [begin(b), begin(b) + columns(b)).
+struct Blocks {
+  int64_t first, end, count;
+
+  Blocks(const RowJob& job, int64_t segment)
+      : first(segment * kSegment),
+        end(first + kSegment < job.vocab_size ? first + kSegment : job.vocab_size),
+        count((end - first + kBlock - 1) / kBlock) {}
+
+  int64_t begin(int64_t b) const { return first + b * kBlock; }
+  int64_t columns(int64_t b) const { return end - begin(b) < kBlock ? end - begin(b) : kBlock; }
+};
+
+template <typename T>
+RowState<T> segment_state(const RowJob& job, const RowPair& row, const Temperatures<T>& k, int64_t segment,
+                          const KeptExponentials<T>* kept) {
+  Block<T> teacher, student;
+  const SumBlock<T> sum_block = sum_block_for<T>(k);
+  const Blocks blocks(job, segment);
+  RowState<T> state;
+  for (int64_t b = 0; b < blocks.count; ++b) {
+    const int64_t begin = blocks.begin(b), columns = blocks.columns(b), n = round_up_to_lanes(columns);
+    const Columns<T> y = load_block<T>(job.teacher, row.teacher, begin, columns, teacher.values, false);
+    const Columns<T> z = load_block<T>(job.student, row.student, begin, columns, student.values, false);
+    RowState<T> block;
+    block.My = y.max, block.Mz = z.max;
+    T *keep_b = nullptr, *keep_d = nullptr;
+    if (kept != nullptr) {
+      keep_b = kept->teacher + begin, keep_d = kept->student + begin;
+      kept->teacher_max[begin / kBlock] = y.max, kept->student_max[begin / kBlock] = z.max;
+    }
+    sum_block(block, y.values, z.values, n, k, keep_b, keep_d, Ahead(job, row, begin + kBlock));
+    if (job.labels != nullptr)
+      block.F0 = k.tau == T(1) ? block.D0 : k.t == T(1) ? block.E0 : block_hard_sum(z.values, n, centre(block.Mz));
+    if (job.temperature_slopes) add_block_slopes(block, y.values, z.values, n, k);
+    if (b == 0) state = block;
+    else state.merge(block, k);
+  }
+  return state;
+}
+
+// ---- gradient --------------------------------------------------------------------------------------------------
+
+// g = q 2^d + p 2^b
+template <typename T>
+void divergence_gradient(const T* y, const T* z, int64_t n, const Temperatures<T>& k, const GradientBasis<T>& c, T* g,
+                         const Ahead& ahead) {
+  const T my = centre(c.My), mz = centre(c.Mz);
+  for (int64_t i = 0; i < n; i += kLanes) {
+    ahead.fetch(i);
+    store(g + i, c.q * exp2_any<T>((load(z + i) - mz) * k.k_tau) + c.p * exp2_any<T>((load(y + i) - my) * k.k_tau));
+  }
+}
+
+// The same from exponentials relative to the block's maxima. The block of an empty side holds zeros.
+template <typename T>
+void kept_gradient(const KeptExponentials<T>& kept, int64_t begin, int64_t n, const Temperatures<T>& k,
+                   const GradientBasis<T>& c, T* g) {
+  const T my = kept.teacher_max[begin / kBlock], mz = kept.student_max[begin / kBlock];
+  const T p = my == -T(INFINITY) ? T(0) : c.p * pow2((my - c.My) * k.k_tau);
+  const T q = mz == -T(INFINITY) ? T(0) : c.q * pow2((mz - c.Mz) * k.k_tau);
+  for (int64_t i = 0; i < n; i += kLanes)
+    store(g + i, q * load(kept.student + begin + i) + p * load(kept.teacher + begin + i));
+}
+
+// g += hard 2^((z - Mz) log2(e)) + entropy 2^e (ln2 e + entropy_shift), where those terms are asked for.
+template <typename T>
+void add_other_terms(const T* z, int64_t n, const Temperatures<T>& k, const GradientBasis<T>& c, T* g) {
+  const T mz = centre(c.Mz);
+  if (c.hard != 0)
+    for (int64_t i = 0; i < n; i += kLanes)
+      store(g + i, load(g + i) + c.hard * exp2_any<T>((load(z + i) - mz) * T(kLog2E)));
+  if (c.entropy != 0)
+    for (int64_t i = 0; i < n; i += kLanes) {
+      const Vec<T> e = raise_to((load(z + i) - mz) * k.k_t, kExp2Floor<T>);
+      store(g + i, load(g + i) + c.entropy * exp2_from_floor(e) * (T(kLn2) * e + c.entropy_shift));
+    }
+}
+
+template <typename T>
+void segment_gradient(const RowJob& job, const RowPair& row, const Temperatures<T>& k, const GradientBasis<T>& given,
+                      int64_t segment, const KeptExponentials<T>* kept) {
+  Block<T> teacher, student, gradient;
+  GradientBasis<T> basis = given;
+  if (k.tau == T(1)) basis.q += basis.hard, basis.hard = 0;  // the same exponentials
+  const bool reads_logits = kept == nullptr || basis.hard != 0 || basis.entropy != 0;
+  const Blocks blocks(job, segment);
+  // Backwards: the end of the row is what the statistics sweep left in the cache.
+  for (int64_t b = blocks.count - 1; b >= 0; --b) {
+    const int64_t begin = blocks.begin(b), columns = blocks.columns(b), n = round_up_to_lanes(columns);
+    const bool direct = job.gradient.storage == native<T> && job.gradient.vocab_stride == 1 && n == columns;
+    T* g = direct ? reinterpret_cast<T*>(row.gradient) + begin : gradient.values;
+    const T* z = nullptr;
+    // A gradient that overwrites the student must not overwrite what its own later terms read.
+    if (reads_logits)
+      z = load_block<T>(job.student, row.student, begin, columns, student.values, job.gradient_over_student).values;
+    if (kept != nullptr) {
+      kept_gradient(*kept, begin, n, k, basis, g);
+    } else {
+      const T* y = load_block<T>(job.teacher, row.teacher, begin, columns, teacher.values, false).values;
+      divergence_gradient(y, z, n, k, basis, g, Ahead(job, row, begin - kBlock));
+    }
+    if (reads_logits) add_other_terms(z, n, k, basis, g);
+    if (row.label >= begin && row.label < begin + columns) g[row.label - begin] += basis.label;
+    if (!direct) store_block(job.gradient, row.gradient, begin, columns, g);
+  }
+}
+
+}  // namespace
+
+#define EAKD_KERNEL_TABLES(NAME) \
+  KernelTables kernels_##NAME() { \
+    static constexpr RowKernels<float> fp32 = {segment_state<float>, segment_gradient<float>}; \
+    static constexpr RowKernels<double> fp64 = {segment_state<double>, segment_gradient<double>}; \
+    return {#NAME, &fp32, &fp64}; \
+  }
+
+}  // namespace eakd

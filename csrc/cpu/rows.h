@@ -1,0 +1,175 @@
+// Sharing rows out among threads: whole rows where there are many, segments of rows where there are few.
+#pragma once
+
+#include <ATen/Parallel.h>
+
+#include <cstring>
+#include <memory>
+#include <optional>
+#include <vector>
+
+#include "dispatch.h"
+
+namespace eakd {
+
+// tau is one number or one per row; t is one number.
+template <typename T>
+class RowTemperatures {
+ public:
+  RowTemperatures(const double* per_row, double tau, double t) : per_row_(per_row), t_(t), all_(tau, t) {}
+  Temperatures<T> at(int64_t row) const { return per_row_ == nullptr ? all_ : Temperatures<T>(per_row_[row], t_); }
+
+ private:
+  const double* per_row_;
+  double t_;
+  Temperatures<T> all_;
+};
+
+inline bool shares_segments(const RowJob& job) {
+  return job.segments() > 1 && job.rows < 4 * at::get_num_threads();
+}
+
+// Rows a task: enough columns to outweigh waking a thread.
+inline int64_t row_grain(const RowJob& job) {
+  constexpr int64_t kColumnsPerTask = 32768;
+  return job.vocab_size >= kColumnsPerTask ? 1 : kColumnsPerTask / (job.vocab_size + 1) + 1;
+}
+
+// A peaked row is full of exponentials below 2^-126, and arithmetic on subnormals is a hundred times slower than on
+// anything else. They are far below every tolerance.
+class FlushSubnormals {
+#if defined(__SSE2__)
+ public:
+  FlushSubnormals() : saved_(__builtin_ia32_stmxcsr()) { __builtin_ia32_ldmxcsr(saved_ | 0x8040); }
+  ~FlushSubnormals() { __builtin_ia32_ldmxcsr(saved_); }
+
+ private:
+  unsigned saved_;
+#endif
+};
+
+// Room for the exponentials of one row, one a thread.
+template <typename T>
+class KeptRow {
+ public:
+  explicit KeptRow(const RowJob& job) {
+    constexpr int64_t kPadding = 64;  // a block is padded to whole vectors
+    const int64_t columns = job.vocab_size + kPadding, blocks = job.vocab_size / kBlock + 1;
+    room_.reset(new T[2 * (columns + blocks)]);
+    view_ = {room_.get(), room_.get() + columns, room_.get() + 2 * columns, room_.get() + 2 * columns + blocks};
+  }
+  const KeptExponentials<T>* view() const { return &view_; }
+
+ private:
+  std::unique_ptr<T[]> room_;
+  KeptExponentials<T> view_;
+};
+
+template <typename T>
+RowState<T> row_state(const RowJob& job, const RowPair& pair, const Temperatures<T>& k,
+                      const KeptExponentials<T>* kept = nullptr) {
+  const RowKernels<T>& kernels = row_kernels<T>();
+  RowState<T> state = kernels.segment_state(job, pair, k, 0, kept);
+  for (int64_t s = 1; s < job.segments(); ++s) state.merge(kernels.segment_state(job, pair, k, s, kept), k);
+  return state;
+}
+
+template <typename T>
+void write_gradient_row(const RowJob& job, const RowPair& pair, const Temperatures<T>& k,
+                        const GradientBasis<T>& basis, const KeptExponentials<T>* kept = nullptr) {
+  for (int64_t s = job.segments() - 1; s >= 0; --s) row_kernels<T>().segment_gradient(job, pair, k, basis, s, kept);
+}
+
+// visit(row, state) for every row kept. The states do not depend on the number of threads: segments are merged in
+// order either way.
+template <typename T, typename Visit>
+void visit_states(const RowJob& job, const RowTemperatures<T>& temperatures, const Visit& visit) {
+  if (!shares_segments(job)) {
+    at::parallel_for(0, job.rows, row_grain(job), [&](int64_t begin, int64_t end) {
+      const FlushSubnormals flush;
+      for (int64_t row = begin; row < end; ++row)
+        if (job.kept(row)) visit(row, row_state<T>(job, RowPair(job, row), temperatures.at(row)));
+    });
+    return;
+  }
+  const int64_t segments = job.segments();
+  std::vector<RowState<T>> states(job.rows * segments);
+  at::parallel_for(0, job.rows * segments, 1, [&](int64_t begin, int64_t end) {
+    const FlushSubnormals flush;
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t row = i / segments;
+      if (!job.kept(row)) continue;
+      states[i] = row_kernels<T>().segment_state(job, RowPair(job, row), temperatures.at(row), i % segments, nullptr);
+    }
+  });
+  const FlushSubnormals flush;
+  for (int64_t row = 0; row < job.rows; ++row) {
+    if (!job.kept(row)) continue;
+    RowState<T> state = states[row * segments];
+    for (int64_t s = 1; s < segments; ++s) state.merge(states[row * segments + s], temperatures.at(row));
+    visit(row, state);
+  }
+}
+
+inline void zero_columns(const LogitsView& v, int64_t row, int64_t begin, int64_t end) {
+  if (v.vocab_stride == 1) {
+    memset(v.at(row, begin), 0, (end - begin) * v.item_bytes);
+  } else {
+    for (int64_t j = begin; j < end; ++j) memset(v.at(row, j), 0, v.item_bytes);
+  }
+}
+
+// Exactly 0 in rows left out and in columns past the vocabulary.
+inline void write_zeros(const RowJob& job) {
+  if (job.keep == nullptr && job.gradient_columns == job.vocab_size) return;
+  at::parallel_for(0, job.rows, row_grain(job), [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row)
+      zero_columns(job.gradient, row, job.kept(row) ? job.vocab_size : 0, job.gradient_columns);
+  });
+}
+
+// basis_of(row) for every row kept.
+template <typename T, typename BasisOf>
+void write_gradient(const RowJob& job, const RowTemperatures<T>& temperatures, const BasisOf& basis_of) {
+  write_zeros(job);
+  const int64_t segments = shares_segments(job) ? job.segments() : 1;
+  const int64_t grain = segments > 1 ? 1 : row_grain(job);
+  at::parallel_for(0, job.rows * segments, grain, [&](int64_t begin, int64_t end) {
+    const FlushSubnormals flush;
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t row = i / segments;
+      if (!job.kept(row)) continue;
+      const RowPair pair(job, row);
+      const Temperatures<T> k = temperatures.at(row);
+      if (segments > 1) row_kernels<T>().segment_gradient(job, pair, k, basis_of(row), i % segments, nullptr);
+      else write_gradient_row(job, pair, k, basis_of(row));
+    }
+  });
+}
+
+// State, basis and gradient of one row after the other, while it is in the cache.
+template <typename T, typename BasisOfState>
+void write_gradient_in_one_pass(const RowJob& job, const RowTemperatures<T>& temperatures, const BasisOfState& basis_of) {
+  write_zeros(job);
+  if (shares_segments(job)) {
+    std::vector<GradientBasis<T>> bases(job.rows);
+    visit_states<T>(job, temperatures, [&](int64_t row, const RowState<T>& s) { bases[row] = basis_of(row, s); });
+    write_gradient<T>(job, temperatures, [&](int64_t row) { return bases[row]; });
+    return;
+  }
+  at::parallel_for(0, job.rows, row_grain(job), [&](int64_t begin, int64_t end) {
+    const FlushSubnormals flush;
+    std::optional<KeptRow<T>> room;
+    if (job.vocab_size <= kMaxKeptColumns) room.emplace(job);
+    const KeptExponentials<T>* kept = room ? room->view() : nullptr;
+    for (int64_t row = begin; row < end; ++row) {
+      if (!job.kept(row)) continue;
+      const RowPair pair(job, row);
+      const Temperatures<T> k = temperatures.at(row);
+      const RowState<T> state = row_state(job, pair, k, kept);
+      write_gradient_row(job, pair, k, basis_of(row, state), kept);
+    }
+  });
+}
+
+}  // namespace eakd

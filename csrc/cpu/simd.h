@@ -1,0 +1,195 @@
+// Vectors of the instruction set that the including file is compiled for: GCC/Clang vector extensions, so that one
+// source serves AVX-512, AVX2, SSE2 and NEON. EAKD_VECTOR_BYTES says how wide.
+#pragma once
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+namespace eakd {
+namespace {
+
+template <typename T> struct VectorOf;
+#define EAKD_VECTOR(T, NAME) \
+  typedef T NAME __attribute__((vector_size(EAKD_VECTOR_BYTES / 4 * sizeof(T)))); \
+  template <> struct VectorOf<T> { using type = NAME; };
+// Every type has as many lanes as fit floats into one register; doubles take two registers.
+EAKD_VECTOR(float, VecF)
+EAKD_VECTOR(double, VecD)
+EAKD_VECTOR(int32_t, VecI)
+EAKD_VECTOR(uint32_t, VecU)
+EAKD_VECTOR(uint16_t, VecH)
+#undef EAKD_VECTOR
+template <typename T> using Vec = typename VectorOf<T>::type;
+
+constexpr int kLanes = EAKD_VECTOR_BYTES / 4;
+constexpr int64_t round_up_to_lanes(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
+
+template <typename T> inline Vec<T> load(const T* p) {
+  Vec<T> v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+template <typename T> inline void store(T* p, Vec<T> v) { std::memcpy(p, &v, sizeof v); }
+template <typename To, typename From> inline To bits(From v) {
+  static_assert(sizeof(To) == sizeof(From), "same size");
+  To out;
+  std::memcpy(&out, &v, sizeof out);
+  return out;
+}
+template <typename T> inline Vec<T> splat(T x) { return Vec<T>{} + x; }
+
+// a > b ? a : b, which is b where either is NaN. One instruction that compilers do not make of the comparison.
+template <typename V> inline V larger(V a, V b) {
+#if defined(__x86_64__)
+  if constexpr (std::is_same_v<V, VecF>) {
+#if EAKD_VECTOR_BYTES == 64
+    return (VecF)_mm512_max_ps((__m512)a, (__m512)b);
+#elif EAKD_VECTOR_BYTES == 32
+    return (VecF)_mm256_max_ps((__m256)a, (__m256)b);
+#else
+    return (VecF)_mm_max_ps((__m128)a, (__m128)b);
+#endif
+  }
+#endif
+  return a > b ? a : b;
+}
+
+// The upper half of the vector over the lower, again and again: the same order for every instruction set's width.
+template <typename T, int kHalf> inline Vec<T> fold(Vec<T> v) {
+  using Index = std::conditional_t<sizeof(T) == 8, int64_t, int32_t>;
+  typedef Index Indices __attribute__((vector_size(kLanes * sizeof(T))));
+  Indices shifted;
+  for (int i = 0; i < kLanes; ++i) shifted[i] = (i + kHalf) % kLanes;
+#if defined(__clang__)
+  Vec<T> out;
+  for (int i = 0; i < kLanes; ++i) out[i] = v[shifted[i]];
+  return out;
+#else
+  return __builtin_shuffle(v, shifted);
+#endif
+}
+template <typename T, int kHalf = kLanes / 2> inline T sum(Vec<T> v) {
+  if constexpr (kHalf == 0) return v[0];
+  else return sum<T, kHalf / 2>(v + fold<T, kHalf>(v));
+}
+template <typename T, int kHalf = kLanes / 2> inline T max(Vec<T> v) {
+  if constexpr (kHalf == 0) return v[0];
+  else return max<T, kHalf / 2>(larger(v, fold<T, kHalf>(v)));
+}
+
+// The exponent below which 2^x counts as 0. Also the floor to which x is raised before a product 2^x * x, so that
+// x = -inf gives 0 * floor and not 0 * (-inf).
+#if defined(__x86_64__) && EAKD_VECTOR_BYTES == 64
+#define EAKD_HAS_SCALEF 1
+template <typename T> constexpr T kExp2Floor = T(-200);  // vscalefps goes below the smallest subnormal by itself
+#else
+#define EAKD_HAS_SCALEF 0
+template <typename T> constexpr T kExp2Floor = T(-126);
+#endif
+template <> constexpr double kExp2Floor<double> = -1100;
+
+template <typename V, typename T> inline V raise_to(V x, T floor) { return larger(V{} + floor, x); }  // keeps NaN
+
+// 2^x for floor <= x < 128; 0 at the floor, NaN for NaN. x = n + f with an integer n and |f| <= 1/2, and a minimax
+// polynomial of degree 6 for 2^f, 2e-9 before rounding.
+inline VecF exp2_polynomial(VecF f) {
+  // Estrin's order: half the latency of Horner's, which is what bounds the loops around it.
+  const VecF f2 = f * f;
+  const VecF high = f2 * 1.53458122e-4f + (f * 1.33999312e-3f + 9.61848896e-3f);
+  const VecF middle = f * 5.55032878e-2f + 2.40226469e-1f;
+  return f2 * (f2 * high + middle) + (f * 6.93147206e-1f + 1.0f);
+}
+#if EAKD_HAS_SCALEF
+inline VecF exp2_from_floor(VecF x) {
+  const __m512 n = _mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  return (VecF)_mm512_scalef_ps((__m512)exp2_polynomial(x - (VecF)n), n);
+}
+#else
+inline VecF exp2_from_floor(VecF x) {
+  const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, left in the low mantissa bits
+  const VecF rounded = x + magic;
+  const VecU power = (bits<VecU>(rounded) << 23) + 0x3f800000u;
+  // A product, and not an addition to the polynomial's bits, so that NaN survives whatever its payload.
+  const VecF y = exp2_polynomial(x - (rounded - magic)) * bits<VecF>(power);
+  return x <= kExp2Floor<float> ? VecF{} : y;
+}
+#endif
+inline VecD exp2_from_floor(VecD x) {
+  VecD y;
+  for (int i = 0; i < kLanes; ++i) y[i] = __builtin_exp2(x[i]);
+  return y;
+}
+template <typename T> inline Vec<T> exp2_any(Vec<T> x) { return exp2_from_floor(raise_to(x, kExp2Floor<T>)); }
+
+// v^N for the small N of a temperature ratio.
+template <int N, typename V> inline V power(V v) {
+  if constexpr (N == 1) return v;
+  else if constexpr (N % 2 == 0) { const V half = power<N / 2>(v); return half * half; }
+  else return power<N - 1>(v) * v;
+}
+
+// ---- storage types ---------------------------------------------------------------------------------------------
+
+struct BFloat16 { uint16_t raw; };
+struct Half { uint16_t raw; };
+
+inline VecU widen(const void* p) {
+  VecH raw;
+  std::memcpy(&raw, p, sizeof raw);
+  return __builtin_convertvector(raw, VecU);
+}
+inline void narrow(void* p, VecU v) {
+  const VecH raw = __builtin_convertvector(v, VecH);
+  std::memcpy(p, &raw, sizeof raw);
+}
+
+inline VecF load_as_float(const float* p) { return load(p); }
+inline VecF load_as_float(const BFloat16* p) { return bits<VecF>(widen(p) << 16); }
+inline VecF load_as_float(const Half* p) {
+  const VecU raw = widen(p), sign = (raw & 0x8000u) << 16, magnitude = (raw & 0x7fffu) << 13;
+  const VecU normal = magnitude + (112u << 23), special = magnitude + (224u << 23);
+  // Subnormals by way of an integer: a float that held their bits would be flushed to zero.
+  const VecF subnormal = __builtin_convertvector(bits<VecI>(raw & 0x3ffu), VecF) * 0x1p-24f;
+  const VecU exponent = raw & 0x7c00u;
+  const VecU value = exponent == 0u ? bits<VecU>(subnormal) : exponent == 0x7c00u ? special : normal;
+  return bits<VecF>(value | sign);
+}
+
+// Round to nearest, ties to even.
+inline void store_from_float(float* p, VecF v) { store(p, v); }
+inline void store_from_float(BFloat16* p, VecF v) {
+  const VecU u = bits<VecU>(v);
+  const VecU rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+  narrow(p, v != v ? VecU{} + 0x7fc0u : rounded);
+}
+inline void store_from_float(Half* p, VecF v) {
+  const VecU u = bits<VecU>(v), sign = (u >> 16) & 0x8000u, magnitude = u & 0x7fffffffu;
+  const VecU normal = (magnitude - (112u << 23) + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
+  // Below 2^-14 the result is subnormal: 0.5 has an ulp of 2^-24 there, so the addition does the rounding.
+  const VecU subnormal = bits<VecU>(bits<VecF>(magnitude) + 0.5f) - 0x3f000000u;
+  const VecU finite = magnitude < 0x38800000u ? subnormal : normal;
+  const VecU value = magnitude > 0x7f800000u ? VecU{} + 0x7e00u : magnitude >= 0x477ff000u ? VecU{} + 0x7c00u : finite;
+  narrow(p, value | sign);
+}
+
+// Storage type S to and from arithmetic type T.
+template <typename T, typename S> inline Vec<T> load_as(const S* p) {
+  if constexpr (std::is_same_v<S, double>) {
+    static_assert(std::is_same_v<T, double>, "fp64 logits are computed in fp64");
+    return load(p);
+  } else {
+    return __builtin_convertvector(load_as_float(p), Vec<T>);
+  }
+}
+template <typename T, typename S> inline void store_as(S* p, Vec<T> v) {
+  if constexpr (std::is_same_v<S, double>) store(p, __builtin_convertvector(v, VecD));
+  else store_from_float(p, __builtin_convertvector(v, VecF));
+}
+
+}  // namespace
+}  // namespace eakd

@@ -1,0 +1,20 @@
+"""Fused kernels for entropy-based adaptive knowledge distillation (EA-KD, arXiv 2311.13621)."""
+
+from . import divergences, weighting
+from .dispatch import available_backends
+from .functional import distill_stats, ea_kd_loss, ea_weights
+from .modules import EAKDLoss
+from .stats import RowStats
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "EAKDLoss",
+    "RowStats",
+    "available_backends",
+    "distill_stats",
+    "divergences",
+    "ea_kd_loss",
+    "ea_weights",
+    "weighting",
+]

@@ -1,0 +1,10 @@
+"""One module a backend. Each has
+
+    unavailable_reason() -> str | None                  why it cannot run on this machine
+    unsupported_reason(device, dtypes) -> str | None    why it cannot take these tensors
+    row_statistics(rows, temperature_slopes) -> Tensor
+    row_gradient(rows, statistics, upstream, gradient)  writes `gradient`
+    one_pass(rows, rule, gradient) -> (loss, statistics), writes `gradient`
+
+with the arguments of eakd_kernels.ops. Backends import neither one another nor anything above ops.
+"""

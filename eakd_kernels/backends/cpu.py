@@ -1,0 +1,29 @@
+"""The C++ kernels (csrc/cpu) on CPU tensors."""
+
+import torch
+
+try:
+    from .. import _C  # registers torch.ops.eakd_cpu
+except ImportError as error:
+    _C = None
+    _reason = f"the extension eakd_kernels._C is not there ({error}); reinstall without EAKD_NO_EXT=1"
+
+
+def unavailable_reason():
+    return _reason if _C is None else None
+
+
+def unsupported_reason(device, dtypes):
+    return None if device == "cpu" else f"it takes CPU tensors, got {device}"
+
+
+def row_statistics(rows, temperature_slopes):
+    return torch.ops.eakd_cpu.row_statistics(*rows, temperature_slopes)
+
+
+def row_gradient(rows, statistics, upstream, gradient):
+    torch.ops.eakd_cpu.row_gradient(*rows, statistics, *upstream, gradient)
+
+
+def one_pass(rows, rule, gradient):
+    return torch.ops.eakd_cpu.one_pass(*rows, *rule, gradient)

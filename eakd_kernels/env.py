@@ -1,0 +1,28 @@
+"""Every EAKD_* environment variable: its name, when it is read, what it does. README's table is this one."""
+
+import os
+from typing import NamedTuple
+
+
+class Variable(NamedTuple):
+    name: str
+    read: str  # "run time" | "install"
+    meaning: str
+
+
+VARIABLES = (
+    Variable("EAKD_BACKEND", "run time", 'the backend that backend="auto" takes: reference, cpu, triton or cuda'),
+    Variable("EAKD_NO_EXT", "install", "1: pure Python, no compiler needed; the loss runs through reference or triton"),
+    Variable("EAKD_DEBUG", "install", "1: compile without optimisation, with debug information"),
+    Variable("EAKD_SANITIZE", "install", "compile with these sanitizers, e.g. address,undefined"),
+    Variable("EAKD_BUILD_TORCH", "install", "the torch to build against where the build cannot see the installed one"),
+)
+
+
+def preferred_backend() -> str | None:
+    return os.environ.get("EAKD_BACKEND") or None
+
+
+def given() -> dict[str, str]:
+    """Those that are set, with their values."""
+    return {v.name: os.environ[v.name] for v in VARIABLES if v.name in os.environ}

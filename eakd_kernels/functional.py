@@ -1,0 +1,258 @@
+"""The public functions on logits: validate -> operator -> weight -> reduce."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from . import weighting as weights
+from .autograd import OnePass, RowStatistics
+from .divergences import ForwardKL
+from .ops import WEIGHTINGS, LossRule
+from .options import explicit, options_class, takes_options
+from .stats import RowStats
+from .validation import Problem, validate
+
+
+@explicit
+def ea_kd_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor | None = None,
+    *,
+    temperature: float | Tensor = 1.0,
+    entropy_temperature: float = 3.0,
+    weighting: str | Tensor | Callable[[RowStats], Tensor] = "ea",
+    entropy_bound: float | None = None,
+    detach_weights: bool = True,
+    weight_norm: str = "none",
+    divergence: str | ForwardKL = "forward_kl",
+    scale_by_temperature_squared: bool = True,
+    standardize: bool | str = False,
+    teacher_class_weights: Tensor | None = None,
+    kd_weight: float = 1.0,
+    ce_weight: float = 0.0,
+    mask: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    num_items: int | Tensor | None = None,
+    vocab_size: int | None = None,
+    process_group=None,
+    inplace_gradient: bool = False,
+    return_stats: bool = False,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, RowStats]:
+    r"""Entropy-based adaptive distillation loss (EA-KD; Su et al., arXiv 2311.13621 v3, ICCV 2025).
+
+    With p = softmax(teacher/tau), q = softmax(student/tau), and entropies H_T, H_S in nats of both softmaxes at the
+    entropy temperature t, a row's loss is
+
+        kd_weight * w * tau^2 * KL(p || q) + ce_weight * CE(student, label)        w = (H_T + H_T H_S / H_ub)/2
+
+    and rows are averaged; weights are never part of the mean's denominator. Loss and statistics are fp32 whatever the
+    logits' dtype (fp64 if either is fp64); the gradient has the student's dtype. autocast changes nothing.
+
+    Args:
+        student_logits: [..., V], fp64, fp32, bf16 or fp16.
+        teacher_logits: [..., V], any of these dtypes, without grad.
+        labels: [...] int64, already shifted. Rows equal to `ignore_index` are left out of everything.
+        temperature: tau > 0. A float, a 0-d tensor, or a tensor of the leading shape; tensors may require grad.
+        entropy_temperature: t > 0, used for H_T and H_S only. 3 is the paper's vision setting; at vocabularies of
+            language models it makes all weights alike, and 1 does not.
+        weighting: "ea"; "teacher" (H_T, which is ER-KD); "student" (H_S); "none" (1); a tensor [...]; or a callable
+            that takes RowStats (loss and weight None) and returns a tensor [...].
+        entropy_bound: H_ub in nats. None: log(V). Masked (-inf) columns are not counted: pass log of the rest.
+        detach_weights: no gradient through the weights, as in the paper. False: through H_S, a callable's result or
+            a weight tensor.
+        weight_norm: "none" (the paper); "mean": weights scaled to mean 1 over the rows kept, 0 if they sum to 0;
+            "bound": w / H_ub, which lies in [0, 1] for "ea".
+        divergence: "forward_kl".
+        scale_by_temperature_squared: the factor tau^2.
+        standardize: not in this version.
+        teacher_class_weights: not in this version.
+        kd_weight, ce_weight: >= 0. Cross-entropy is at temperature 1, unweighted, from the same sweep.
+        mask: [...] bool, True where the row counts; combined with labels by "and".
+        ignore_index: the label of rows left out.
+        reduction: "mean" over the rows kept, "sum", or "none" for [...].
+        num_items: > 0, int or 0-d tensor: "mean" and "sum" then both give sum / num_items (gradient accumulation).
+        vocab_size: use the first V columns only, without a copy; the others get gradient 0. For logits of different
+            or padded widths.
+        process_group: not in this version.
+        inplace_gradient: the gradient takes the student logits' storage. Whoever needs the logits afterwards gets
+            an error from autograd, not wrong values. Refused for leaves.
+        return_stats: return (loss, RowStats), all detached.
+        backend: "auto", "reference", "cpu", "triton" or "cuda". One asked for by name runs or raises.
+
+    Returns:
+        The loss, 0-d, or [...] for reduction "none"; with return_stats a pair.
+
+    Raises:
+        TypeError, ValueError: an argument is not as above; the message says what would work.
+        NotImplementedError: a keyword of a later version.
+        RuntimeError: a backend asked for by name cannot run; differentiating twice.
+
+    -inf in the same column of both logits counts for nothing. Where only the student is -inf the divergence is +inf,
+    unless the row's weight is 0. NaN or +inf in a row kept makes the loss NaN; in a row left out it changes nothing.
+    """
+    keywords = {name: value for name, value in locals().items() if not name.endswith(("_logits", "labels"))}
+    options = Options(**keywords)
+    # Statistics are asked for with everything in them; otherwise cross-entropy is computed where it is used.
+    wants_cross_entropy = labels is not None and (options.ce_weight != 0 or options.return_stats)
+    problem = validate(student_logits, teacher_logits, labels, options, wants_cross_entropy)
+    if _runs_in_one_pass(problem, options):
+        loss, stats = _one_pass(problem, options)
+    else:
+        stats = _statistics(problem, options)
+        loss = _reduce(stats.loss, problem, options)
+        stats = stats.detach()
+    return (loss, stats) if options.return_stats else loss
+
+
+Options = options_class(ea_kd_loss)
+
+
+@takes_options(ea_kd_loss, without=("reduction", "num_items", "return_stats", "inplace_gradient"))
+def distill_stats(
+    student_logits: Tensor, teacher_logits: Tensor, labels: Tensor | None = None, **options
+) -> RowStats:
+    """Per-row statistics of a student/teacher pair, for weightings, curricula and reductions of one's own.
+
+    Takes the logits, labels and options of `ea_kd_loss` (see there), and raises what it raises. In one sweep over the
+    two logits; nothing of size [rows, vocab] is made but the gradient, in backward.
+
+    Returns:
+        RowStats of [...] tensors, in nats. loss, divergence, student_entropy, student_lse and cross_entropy are
+        differentiable in the student (loss, divergence and student_lse in `temperature` too, if it requires grad),
+        and weight with detach_weights=False. Rows left out read 0.
+    """
+    options = Options(**options)
+    return _statistics(validate(student_logits, teacher_logits, labels, options, labels is not None), options)
+
+
+@takes_options(
+    ea_kd_loss,
+    only=(
+        *("entropy_temperature", "weighting", "entropy_bound", "weight_norm", "mask", "vocab_size"),
+        *("process_group", "backend"),
+    ),
+)
+def ea_weights(student_logits: Tensor, teacher_logits: Tensor, **options) -> Tensor:
+    """The weights w of `ea_kd_loss` alone, detached: for losses on features, boxes or sequences.
+
+    Takes the logits and those options of `ea_kd_loss` that decide the weights, and raises what it raises.
+
+    Returns:
+        [...] fp32 (fp64 if a logits tensor is fp64); 0 in rows left out.
+    """
+    options = Options(**options)
+    with torch.no_grad():
+        return _statistics(validate(student_logits, teacher_logits, None, options, False), options).weight
+
+
+def _is_live(options) -> bool:
+    """Whether gradient flows through the weights."""
+    if options.detach_weights:
+        return False
+    if torch.is_tensor(options.weighting):
+        return options.weighting.requires_grad
+    return options.weighting not in ("none", "teacher")
+
+
+def _runs_in_one_pass(problem: Problem, options) -> bool:
+    """The gradient can be finished in forward if its scale is known there: docs/design.md, "When one pass runs"."""
+    student, temperatures = problem.rows.student_logits, problem.rows.temperatures
+    return (
+        torch.is_grad_enabled()
+        and student.requires_grad
+        and student.dtype != torch.float16  # a loss scale applied to a rounded gradient comes too late
+        and options.reduction != "none"
+        and options.weight_norm != "mean"
+        and (torch.is_tensor(options.weighting) or isinstance(options.weighting, str))
+        and not _is_live(options)
+        and not (temperatures is not None and temperatures.requires_grad)
+    )
+
+
+def _one_pass(problem: Problem, options) -> tuple[Tensor, RowStats]:
+    given = torch.is_tensor(options.weighting)
+    scale, denominator = _scale(problem, options)
+    rule = LossRule(
+        options.weighting.detach() if given else None,
+        WEIGHTINGS["tensor" if given else options.weighting],
+        problem.entropy_bound,
+        weights.bound_scale(options.weight_norm, problem.entropy_bound),
+        options.scale_by_temperature_squared,
+        float(options.kd_weight),
+        float(options.ce_weight),
+        scale,
+        denominator,
+    )
+    loss, fields = OnePass.apply(*problem.rows, *rule, options.inplace_gradient, problem.backend)
+    *public, weight, row_loss = fields.unbind(0)
+    return loss, _row_stats(problem, row_loss, weight, public)
+
+
+def _row_stats(problem: Problem, loss, weight, public) -> RowStats:
+    *fields, cross_entropy = public
+    return RowStats(loss, weight, *fields, cross_entropy if problem.labelled else None)
+
+
+def _statistics(problem: Problem, options) -> RowStats:
+    rows = problem.rows
+    fields = RowStatistics.apply(*rows, options.inplace_gradient, problem.backend)
+    stats = _row_stats(problem, None, None, fields)
+    weight = _weight(stats, problem, options)
+    tau_squared = 1.0
+    if options.scale_by_temperature_squared:
+        tau = rows.temperature if rows.temperatures is None else rows.temperatures.to(weight.dtype)
+        tau_squared = tau * tau
+    loss = weights.row_loss(
+        stats.divergence, weight, stats.cross_entropy, tau_squared, options.kd_weight, options.ce_weight
+    )
+    return stats._replace(loss=loss, weight=weight)
+
+
+def _weight(stats: RowStats, problem: Problem, options) -> Tensor:
+    live, keep = _is_live(options), problem.rows.keep
+    with torch.set_grad_enabled(live and torch.is_grad_enabled()):
+        if torch.is_tensor(options.weighting):
+            weight = options.weighting.to(stats.divergence.dtype)
+        elif callable(options.weighting):
+            weight = _called(options.weighting, stats if live else stats.detach())
+        else:
+            weight = weights.BUILT_IN[options.weighting](stats, problem.entropy_bound)
+        if keep is not None:
+            weight = torch.where(keep, weight, 0.0)
+        weight = weights.normalize(weight, options.weight_norm, problem.entropy_bound, keep)
+    return weight if live else weight.detach()
+
+
+def _called(weighting: Callable[[RowStats], Tensor], stats: RowStats) -> Tensor:
+    weight = weighting(stats)
+    if not torch.is_tensor(weight) or weight.shape != stats.divergence.shape:
+        got = tuple(weight.shape) if torch.is_tensor(weight) else type(weight).__name__
+        raise ValueError(
+            f"weighting returned {got}; a callable must return a tensor of shape {tuple(stats.divergence.shape)}"
+        )
+    return weight.to(stats.divergence.dtype)
+
+
+def _scale(problem: Problem, options) -> tuple[float, Tensor | None]:
+    """The loss is scale / denominator * sum over rows; counts that live on the device stay there."""
+    student, keep = problem.rows.student_logits, problem.rows.keep
+    if torch.is_tensor(options.num_items):
+        return 1.0, options.num_items.to(student.device)
+    if options.num_items is not None:
+        return 1.0 / options.num_items, None
+    if options.reduction == "sum":
+        return 1.0, None
+    if keep is not None:
+        return 1.0, keep.sum().clamp(min=1)
+    return 1.0 / max(student.shape[:-1].numel(), 1), None
+
+
+def _reduce(loss: Tensor, problem: Problem, options) -> Tensor:
+    if options.reduction == "none":
+        return loss
+    scale, denominator = _scale(problem, options)
+    return loss.sum() * scale if denominator is None else loss.sum() / denominator

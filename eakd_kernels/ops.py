@@ -1,0 +1,182 @@
+"""The three operators as torch.library ops: schemas, fakes, and the call into the chosen backend.
+
+    row_statistics   [..., V] x 2 -> [..., ] per field       two reads
+    row_gradient     [..., V] x 2 and [...] per field -> [..., V]   two reads, one write
+    one_pass         both, with the weight in between        two reads, one write in all
+
+A trailing underscore writes the gradient over the student's logits. None of them is differentiable by itself:
+eakd_kernels.autograd wraps them.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .dispatch import backend_module
+from .stats import LOSS_STATISTICS, STATISTICS
+
+
+class Rows(NamedTuple):
+    """What every operator takes: a pair of logits, and what is the same for, or given per, row."""
+
+    student_logits: Tensor  # [..., V or wider], fp64/fp32/bf16/fp16
+    teacher_logits: Tensor  # the same leading shape; any of these dtypes
+    labels: Tensor | None  # [...] int64; given where cross-entropy is wanted
+    keep: Tensor | None  # [...] bool; rows that are False are not read and give 0
+    temperatures: Tensor | None  # [...] or 0-d; takes the place of `temperature`
+    temperature: float
+    entropy_temperature: float
+    vocab_size: int  # columns used
+
+
+class LossRule(NamedTuple):
+    """How one_pass weights and scales a row: csrc/row_state.h, LossRule."""
+
+    weights: Tensor | None  # [...], for WEIGHTINGS["tensor"]
+    weighting: int
+    entropy_bound: float
+    weight_scale: float
+    tau_squared: bool
+    kd_weight: float
+    ce_weight: float
+    scale: float
+    denominator: Tensor | None  # 0-d; loss = scale / denominator * sum over rows
+
+
+WEIGHTINGS = {"none": 0, "teacher": 1, "student": 2, "ea": 3, "tensor": 4}
+
+_ROWS = (
+    "Tensor student_logits, Tensor teacher_logits, Tensor? labels, Tensor? keep, Tensor? temperatures, "
+    "float temperature, float entropy_temperature, SymInt vocab_size"
+)
+_RULE = (
+    "Tensor? weights, int weighting, float entropy_bound, float weight_scale, bool tau_squared, float kd_weight, "
+    "float ce_weight, float scale, Tensor? denominator"
+)
+_UPSTREAM = "Tensor? grad_divergence, Tensor? grad_student_entropy, Tensor? grad_student_lse, Tensor? grad_cross_entropy"
+_ROWS_MUTABLE = _ROWS.replace("Tensor student_logits", "Tensor(a!) student_logits", 1)
+
+_library = torch.library.Library("eakd", "DEF")
+_NUM_ROWS = len(Rows._fields)
+
+
+def statistics_dtype(student_logits: Tensor, teacher_logits: Tensor) -> torch.dtype:
+    double = torch.float64 in (student_logits.dtype, teacher_logits.dtype)
+    return torch.float64 if double else torch.float32
+
+
+def _new_statistics(rows: Rows, fields: tuple[str, ...]) -> Tensor:
+    shape = (len(fields), *rows.student_logits.shape[:-1])
+    return rows.student_logits.new_empty(shape, dtype=statistics_dtype(*rows[:2]))
+
+
+def _new_gradient(rows: Rows) -> Tensor:
+    return torch.empty_like(rows.student_logits, memory_format=torch.contiguous_format)
+
+
+def _define(name: str, arguments: str, returns: str, implementation, fake) -> None:
+    _library.define(f"{name}({arguments}, str backend) -> {returns}")
+    _library.impl(name, implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"eakd::{name}", fake, lib=_library)
+
+
+def _row_statistics(*arguments):
+    *rows, temperature_slopes, backend = arguments
+    return backend_module(backend).row_statistics(Rows(*rows), temperature_slopes)
+
+
+_define(
+    "row_statistics",
+    f"{_ROWS}, bool temperature_slopes",
+    "Tensor",
+    _row_statistics,
+    lambda *arguments: _new_statistics(Rows(*arguments[:_NUM_ROWS]), STATISTICS),
+)
+
+
+def _row_gradient(*arguments):
+    rows, (statistics, *upstream, backend) = Rows(*arguments[:_NUM_ROWS]), arguments[_NUM_ROWS:]
+    gradient = _new_gradient(rows)
+    backend_module(backend).row_gradient(rows, statistics, upstream, gradient)
+    return gradient
+
+
+def _row_gradient_(*arguments):
+    rows, (statistics, *upstream, backend) = Rows(*arguments[:_NUM_ROWS]), arguments[_NUM_ROWS:]
+    backend_module(backend).row_gradient(rows, statistics, upstream, rows.student_logits)
+
+
+_define(
+    "row_gradient",
+    f"{_ROWS}, Tensor statistics, {_UPSTREAM}",
+    "Tensor",
+    _row_gradient,
+    lambda *arguments: _new_gradient(Rows(*arguments[:_NUM_ROWS])),
+)
+_define(
+    "row_gradient_", f"{_ROWS_MUTABLE}, Tensor statistics, {_UPSTREAM}", "()", _row_gradient_, lambda *arguments: None
+)
+
+
+def _split_loss(arguments) -> tuple[Rows, LossRule, str]:
+    *rest, backend = arguments
+    return Rows(*rest[:_NUM_ROWS]), LossRule(*rest[_NUM_ROWS:]), backend
+
+
+def _one_pass(*arguments):
+    rows, rule, backend = _split_loss(arguments)
+    gradient = _new_gradient(rows)
+    loss, statistics = backend_module(backend).one_pass(rows, rule, gradient)
+    return loss, statistics, gradient
+
+
+def _one_pass_(*arguments):
+    rows, rule, backend = _split_loss(arguments)
+    return backend_module(backend).one_pass(rows, rule, rows.student_logits)
+
+
+def _fake_loss(*arguments):
+    rows = Rows(*arguments[:_NUM_ROWS])
+    statistics = _new_statistics(rows, LOSS_STATISTICS)
+    return statistics.new_empty(()), statistics
+
+
+_define(
+    "one_pass",
+    f"{_ROWS}, {_RULE}",
+    "(Tensor, Tensor, Tensor)",
+    _one_pass,
+    lambda *arguments: (*_fake_loss(*arguments), _new_gradient(Rows(*arguments[:_NUM_ROWS]))),
+)
+_define("one_pass_", f"{_ROWS_MUTABLE}, {_RULE}", "(Tensor, Tensor)", _one_pass_, _fake_loss)
+
+
+def _scale_gradient(gradient: Tensor, factor: Tensor) -> Tensor:
+    if gradient.device.type != "cpu":
+        return torch.mul(gradient, factor.to(statistics_dtype(gradient, gradient))).to(gradient.dtype)
+    # A 0-d tensor would be rounded to the gradient's dtype before the product; a Python number is not.
+    return gradient * factor.item()
+
+
+def _scale_gradient_(gradient: Tensor, factor: Tensor) -> None:
+    if gradient.device.type != "cpu":
+        gradient.copy_(_scale_gradient(gradient, factor))
+    elif factor.item() != 1:
+        gradient.mul_(factor.item())
+
+
+_library.define("scale_gradient(Tensor gradient, Tensor factor) -> Tensor")
+_library.impl("scale_gradient", _scale_gradient, "CompositeExplicitAutograd")
+torch.library.register_fake("eakd::scale_gradient", lambda gradient, _: torch.empty_like(gradient), lib=_library)
+_library.define("scale_gradient_(Tensor(a!) gradient, Tensor factor) -> ()")
+_library.impl("scale_gradient_", _scale_gradient_, "CompositeExplicitAutograd")
+torch.library.register_fake("eakd::scale_gradient_", lambda gradient, _: None, lib=_library)
+
+row_statistics = torch.ops.eakd.row_statistics.default
+row_gradient = torch.ops.eakd.row_gradient.default
+row_gradient_ = torch.ops.eakd.row_gradient_.default
+one_pass = torch.ops.eakd.one_pass.default
+one_pass_ = torch.ops.eakd.one_pass_.default
+scale_gradient = torch.ops.eakd.scale_gradient.default
+scale_gradient_ = torch.ops.eakd.scale_gradient_.default

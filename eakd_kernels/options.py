@@ -1,0 +1,173 @@
+"""The options of a loss: written once, as the keywords of `functional.ea_kd_loss`, and checked here.
+
+`options_class` makes a frozen dataclass of those keywords; `takes_options` lets the other functions and the modules
+take them as **options, with a signature that help() and editors show.
+"""
+
+import difflib
+import functools
+import inspect
+import math
+from dataclasses import fields, make_dataclass
+
+import torch
+
+from . import divergences, weighting
+
+REDUCTIONS = ("mean", "sum", "none")
+WEIGHT_NORMS = ("none", "mean", "bound")
+# Divergences of the design that this version does not have yet; naming them beats "unknown".
+_LATER_DIVERGENCES = ("reverse_kl", "jeffreys")
+
+
+def keyword_names(function) -> tuple[str, ...]:
+    return tuple(p.name for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY)
+
+
+def check_keywords(given, known, what: str) -> None:
+    for name in given:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1)
+            hint = f"; did you mean {near[0]!r}?" if near else f"; it takes {', '.join(sorted(known))}"
+            raise TypeError(f"{what} got an unknown keyword {name!r}{hint}")
+
+
+def _signature(function, leading, names, defaults) -> inspect.Signature:
+    options = inspect.signature(function).parameters
+    keywords = [options[name].replace(default=defaults.get(name, options[name].default)) for name in names]
+    return inspect.Signature([*leading, *keywords], return_annotation=inspect.signature(function).return_annotation)
+
+
+def explicit(function):
+    """For a function that spells its keywords out: an unknown one is met with the nearest known one."""
+    known = frozenset(inspect.signature(function).parameters)
+
+    @functools.wraps(function)
+    def checked(*args, **keywords):
+        if not known.issuperset(keywords):
+            check_keywords(keywords, keyword_names(function), f"{function.__name__}()")
+        return function(*args, **keywords)
+
+    return checked
+
+
+def takes_options(source, *, only=None, without=(), **defaults):
+    """Give a function's **options the keywords of `source`: those in `only`, or all but those in `without`."""
+
+    def decorate(function):
+        names = tuple(n for n in keyword_names(source) if n not in without and (only is None or n in only))
+        known = frozenset(names)
+        own = inspect.signature(function)
+        leading = [p for p in own.parameters.values() if p.kind is not p.VAR_KEYWORD]
+
+        @functools.wraps(function)
+        def checked(*args, **options):
+            if not known.issuperset(options):
+                check_keywords(options, (*names, *own.parameters), f"{function.__qualname__}()")
+            return function(*args, **{**defaults, **options})
+
+        shown = _signature(source, leading, names, defaults)
+        checked.__signature__ = shown.replace(return_annotation=own.return_annotation)
+        return checked
+
+    return decorate
+
+
+def options_class(function) -> type:
+    """A frozen dataclass with the keyword-only parameters of `function`, checked when it is made."""
+    parameters = inspect.signature(function).parameters.values()
+    items = [(p.name, p.annotation, p.default) for p in parameters if p.kind is p.KEYWORD_ONLY]
+    options = make_dataclass("Options", items, bases=(_Checked,), frozen=True)
+    options.__module__ = function.__module__
+    return options
+
+
+class _Checked:
+    """The checks that need no other argument; validation.py has those that need the logits."""
+
+    def __post_init__(self):
+        self._check_later()
+        self._check_choices()
+        self._check_temperatures()
+        self._check_numbers()
+
+    @classmethod
+    def names(cls) -> tuple[str, ...]:
+        return tuple(field.name for field in fields(cls))
+
+    def _check_later(self):
+        for name, absent in (("process_group", None), ("standardize", False), ("teacher_class_weights", None)):
+            if getattr(self, name) is not absent:
+                raise NotImplementedError(f"{name} is not in this version of eakd_kernels; leave it at {absent}")
+        if isinstance(self.temperature, tuple | list):
+            raise NotImplementedError(
+                "temperature as a tuple (a sum over temperatures) is not in this version of eakd_kernels; "
+                "add one call per temperature"
+            )
+
+    def _check_choices(self):
+        if isinstance(self.reduction, str) and self.reduction == "batchmean":
+            raise ValueError('reduction="batchmean" does not exist here; "mean" divides by the number of rows kept')
+        _check_choice("reduction", self.reduction, REDUCTIONS)
+        _check_choice("weight_norm", self.weight_norm, WEIGHT_NORMS)
+        if isinstance(self.weighting, str) or not (callable(self.weighting) or torch.is_tensor(self.weighting)):
+            _check_choice("weighting", self.weighting, (*weighting.BUILT_IN,), ", a tensor or a callable")
+        if isinstance(self.divergence, str) and self.divergence in _LATER_DIVERGENCES:
+            raise NotImplementedError(
+                f'divergence="{self.divergence}" is not in this version of eakd_kernels; use "forward_kl"'
+            )
+        if not isinstance(self.divergence, divergences.ForwardKL):
+            _check_choice("divergence", self.divergence, (*divergences.BY_NAME,), " or divergences.ForwardKL()")
+        if not isinstance(self.backend, str):
+            raise TypeError(f"backend must be a name, got {_kind(self.backend)}")
+        flags = ("detach_weights", "scale_by_temperature_squared", "inplace_gradient", "return_stats")
+        for name in flags:
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
+
+    def _check_temperatures(self):
+        if not torch.is_tensor(self.temperature):
+            _check_number("temperature", self.temperature, above=0)
+        elif not self.temperature.is_floating_point():
+            raise TypeError(f"temperature must be a float or a floating-point tensor, got {self.temperature.dtype}")
+        _check_number("entropy_temperature", self.entropy_temperature, above=0)
+
+    def _check_numbers(self):
+        if self.entropy_bound is not None:
+            _check_number("entropy_bound", self.entropy_bound, at_least=0)
+        _check_number("kd_weight", self.kd_weight, at_least=0)
+        _check_number("ce_weight", self.ce_weight, at_least=0)
+        if not _is_int(self.ignore_index):
+            raise TypeError(f"ignore_index must be an int, got {_kind(self.ignore_index)}")
+        if self.vocab_size is not None and not _is_int(self.vocab_size):
+            raise TypeError(f"vocab_size must be an int or None, got {_kind(self.vocab_size)}")
+        if self.num_items is not None:
+            if self.reduction == "none":
+                raise ValueError('num_items goes with reduction "mean" or "sum" (both then give sum / num_items)')
+            if not torch.is_tensor(self.num_items):
+                _check_number("num_items", self.num_items, above=0)
+            elif self.num_items.dim() != 0:
+                raise ValueError(f"num_items must be a number or a 0-d tensor, got shape {tuple(self.num_items.shape)}")
+
+
+def _kind(value) -> str:
+    return f"{type(value).__name__} {value!r}"
+
+
+def _is_int(value) -> bool:
+    # torch.compile(dynamic=True) makes sizes symbolic
+    return isinstance(value, int | torch.SymInt) and not isinstance(value, bool)
+
+
+def _check_choice(name, value, known, more="") -> None:
+    if not (isinstance(value, str) and value in known):
+        choices = ", ".join(f'"{choice}"' for choice in known)
+        raise (ValueError if isinstance(value, str) else TypeError)(f"{name} must be one of {choices}{more}, got {value!r}")
+
+
+def _check_number(name, value, *, above=None, at_least=None) -> None:
+    low, wanted = (above, f"> {above}") if at_least is None else (at_least, f">= {at_least}")
+    if not isinstance(value, int | float | torch.SymInt | torch.SymFloat) or isinstance(value, bool):
+        raise TypeError(f"{name} must be a number {wanted}, got {_kind(value)}")
+    if not (value > low or value == at_least) or (isinstance(value, float) and not math.isfinite(value)):
+        raise ValueError(f"{name} must be a finite number {wanted}, got {value!r}")

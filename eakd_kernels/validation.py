@@ -1,0 +1,176 @@
+"""Checks of the tensors of one call, before any work is done, and what the call works on as a result."""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import dispatch
+from .ops import Rows
+
+_LOGIT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+class Problem(NamedTuple):
+    rows: Rows
+    entropy_bound: float  # H_ub
+    backend: str
+    labelled: bool  # cross-entropy is computed
+
+
+def validate(student: Tensor, teacher: Tensor, labels: Tensor | None, options, wants_cross_entropy: bool) -> Problem:
+    """Raises ValueError or TypeError naming the argument, what it got and what would work."""
+    vocab_size = _check_logits(student, teacher, options.vocab_size)
+    leading = student.shape[:-1]
+    _check_per_row("labels", labels, leading, student, "int64")
+    _check_per_row("mask", options.mask, leading, student, "bool")
+    if torch.is_tensor(options.weighting):
+        _check_per_row("weighting", options.weighting, leading, student, "floating-point")
+    if torch.is_tensor(options.num_items) and options.num_items.is_complex():
+        raise TypeError(f"num_items must be a real number, got {options.num_items.dtype}")
+    temperatures = _check_temperature(options.temperature, leading, student)
+    if options.ce_weight != 0 and labels is None:
+        raise ValueError(f"ce_weight={options.ce_weight} needs labels, got None; pass labels or ce_weight=0")
+    if options.inplace_gradient:
+        _check_inplace(student)
+    keep = _rows_kept(labels, options)
+    _check_values(labels if wants_cross_entropy else None, keep, temperatures, options, vocab_size)
+    backend = dispatch.resolve(options.backend, student.device.type, student.dtype, teacher.dtype)
+    if temperatures is not None and keep is not None and temperatures.dim() > 0:
+        temperatures = torch.where(keep, temperatures, 1.0)  # a row left out may hold anything
+    rows = Rows(
+        student,
+        teacher.detach(),
+        labels if wants_cross_entropy else None,
+        keep,
+        temperatures,
+        1.0 if temperatures is not None else float(options.temperature),
+        float(options.entropy_temperature),
+        vocab_size,
+    )
+    bound = math.log(vocab_size) if options.entropy_bound is None else float(options.entropy_bound)
+    return Problem(rows, bound, backend, rows.labels is not None)
+
+
+def _check_logits(student, teacher, vocab_size) -> int:
+    for name, logits in (("student_logits", student), ("teacher_logits", teacher)):
+        if not torch.is_tensor(logits):
+            raise TypeError(f"{name} must be a tensor, got {type(logits).__name__}")
+        if logits.dtype not in _LOGIT_DTYPES:
+            raise TypeError(f"{name} must be float64, float32, bfloat16 or float16, got {logits.dtype}")
+        if logits.dim() == 0 or logits.shape[-1] == 0:
+            raise ValueError(f"{name} must be [..., vocab] with at least one column, got {tuple(logits.shape)}")
+    if teacher.requires_grad:
+        raise ValueError(
+            "teacher_logits requires grad, and the teacher gets no gradient here: pass teacher_logits.detach(), "
+            "or run the teacher under torch.no_grad()"
+        )
+    if student.shape[:-1] != teacher.shape[:-1]:
+        raise ValueError(
+            "student_logits and teacher_logits must have the same leading shape, got "
+            f"{tuple(student.shape)} and {tuple(teacher.shape)}"
+        )
+    _check_device("teacher_logits", teacher, student)
+    narrower = min(student.shape[-1], teacher.shape[-1])
+    if vocab_size is None:
+        if student.shape[-1] != teacher.shape[-1]:
+            raise ValueError(
+                f"student_logits have {student.shape[-1]} columns and teacher_logits {teacher.shape[-1]}: if the "
+                f"wider ones are padding, pass vocab_size={narrower} (or the tokenizer's size if that is smaller)"
+            )
+        return student.shape[-1]
+    if not 1 <= vocab_size <= narrower:
+        raise ValueError(f"vocab_size must be in 1..{narrower}, the columns that both logits have, got {vocab_size}")
+    return vocab_size
+
+
+def _check_device(name, tensor, student) -> None:
+    if tensor.device != student.device:
+        raise ValueError(f"{name} must be on student_logits' device {student.device}, got {tensor.device}")
+
+
+def _check_per_row(name, tensor, leading, student, kind) -> None:
+    if tensor is None:
+        return
+    if not torch.is_tensor(tensor):
+        raise TypeError(f"{name} must be a {kind} tensor, got {type(tensor).__name__}")
+    right = tensor.is_floating_point() if kind == "floating-point" else tensor.dtype == getattr(torch, kind, None)
+    if not right:
+        raise TypeError(f"{name} must be a {kind} tensor, got {tensor.dtype}")
+    if tensor.shape != leading:
+        raise ValueError(f"{name} must have the logits' leading shape {tuple(leading)}, got {tuple(tensor.shape)}")
+    _check_device(name, tensor, student)
+
+
+def _check_temperature(temperature, leading, student) -> Tensor | None:
+    if not torch.is_tensor(temperature):
+        return None
+    if temperature.dim() > 0 and temperature.shape != leading:
+        raise ValueError(
+            f"temperature must be a float, a 0-d tensor or a tensor of the logits' leading shape {tuple(leading)}, "
+            f"got shape {tuple(temperature.shape)}"
+        )
+    _check_device("temperature", temperature, student)
+    return temperature
+
+
+def _check_inplace(student) -> None:
+    if student.requires_grad and student.is_leaf:
+        raise ValueError(
+            "inplace_gradient=True overwrites student_logits with their gradient, which a leaf that requires grad "
+            "cannot allow; pass a computed tensor, or inplace_gradient=False"
+        )
+    spans = sorted((stride, size) for stride, size in zip(student.stride(), student.shape, strict=True) if size > 1)
+    reach = 1
+    for stride, size in spans:
+        if stride < reach:
+            raise ValueError("inplace_gradient=True needs student_logits whose elements do not share memory (expand)")
+        reach = stride * size
+    if len(spans) > 1 and student.numel() > 0 and not _has_two_leading_strides(student):
+        raise ValueError(
+            "inplace_gradient=True needs student_logits whose leading dimensions have at most two strides, got "
+            f"strides {student.stride()}"
+        )
+
+
+def _has_two_leading_strides(logits) -> bool:
+    """As csrc/cpu/ops.cpp, view_rows."""
+    strides, reach = 0, None
+    for size, stride in reversed(list(zip(logits.shape[:-1], logits.stride()[:-1], strict=True))):
+        if size > 1:
+            strides += stride != reach
+            reach = stride * size
+    return strides <= 2
+
+
+def _rows_kept(labels, options) -> Tensor | None:
+    if labels is None:
+        return options.mask
+    labelled = labels != options.ignore_index
+    return labelled if options.mask is None else labelled & options.mask
+
+
+def _check_values(labels, keep, temperatures, options, vocab_size) -> None:
+    """Values inside tensors, where looking at them costs no synchronisation and no graph break."""
+    if torch.compiler.is_compiling():
+        return
+
+    def some(wrong: Tensor) -> bool:
+        return bool((wrong if keep is None or wrong.dim() == 0 else wrong & keep).any())
+
+    if labels is not None and labels.device.type == "cpu":
+        wrong = (labels < 0) | (labels >= vocab_size)
+        if some(wrong):
+            example = labels[wrong if keep is None else wrong & keep][0].item()
+            raise ValueError(
+                f"labels must be in 0..{vocab_size - 1} or ignore_index={options.ignore_index} where cross-entropy "
+                f"is computed, got {example}"
+            )
+    if temperatures is not None and temperatures.device.type == "cpu":
+        values = temperatures.detach()
+        if some(~((values > 0) & values.isfinite())):
+            raise ValueError(f"temperature must be finite and > 0 in every row kept, got {values.flatten()[:8].tolist()}")
+    items = options.num_items
+    if torch.is_tensor(items) and items.device.type == "cpu" and not items > 0:
+        raise ValueError(f"num_items must be > 0, got {items.item()}")
