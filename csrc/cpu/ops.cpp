@@ -113,6 +113,8 @@ struct Rows {
     TORCH_CHECK(gradient.data_ptr() == gradient_.data_ptr(), "the gradient needs at most two leading strides");
     job.gradient_columns = gradient.size(-1);
     job.gradient_over_student = gradient.data_ptr() == student.data_ptr();
+    constexpr size_t kLargerThanCaches = 8 << 20;
+    job.gradient_past_caches = !job.gradient_over_student && gradient.nbytes() > kLargerThanCaches;
     if (!job.gradient_over_student) advise_huge_pages();
   }
 

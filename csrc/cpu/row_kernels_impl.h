@@ -9,36 +9,45 @@
 namespace eakd {
 namespace {
 
-template <typename T> struct Block { alignas(64) T values[kBlock]; };
+// With room for the padding behind a last partial vector.
+template <typename T> struct Block { alignas(64) T values[kBlock + kLanes]; };
 
 // ---- storage <-> blocks ----------------------------------------------------------------------------------------
 
 // n columns as T, padded with -inf; returns their maximum, which drops NaN (the sums keep it).
 template <typename T, typename S> T load_columns(const S* from, int64_t stride, int64_t n, T* to) {
   Vec<T> m = splat(-T(INFINITY));
-  int64_t i = 0;
-  if (stride == 1)
-    for (; i + kLanes <= n; i += kLanes) {
-      const Vec<T> v = load_as<T>(from + i);
-      m = larger(v, m);
-      store(to + i, v);
-    }
-  for (; i < n; i += kLanes) {
-    S lanes[kLanes] = {};
-    for (int l = 0; l < kLanes && i + l < n; ++l) lanes[l] = from[(i + l) * stride];
-    store(to + i, load_as<T>(lanes));
-    for (int64_t l = n; l < i + kLanes; ++l) to[l] = -T(INFINITY);
-    const Vec<T> v = load(to + i);
+  const auto convert = [&](const S* lanes, int64_t i) {
+    const Vec<T> v = load_as<T>(lanes);
     m = larger(v, m);
+    store(to + i, v);
+  };
+  if (stride == 1 && n >= kLanes) {
+    for (int64_t i = 0; i + kLanes <= n; i += kLanes) convert(from + i, i);
+    if (n % kLanes != 0) convert(from + n - kLanes, n - kLanes);  // overlaps the last whole vector
+    store(to + n, splat(-T(INFINITY)));
+    return max<T>(m);
   }
+  for (int64_t i = 0; i < n; i += kLanes) {
+    S lanes[kLanes];
+    for (int l = 0; l < kLanes; ++l) lanes[l] = from[(i + l < n ? i + l : n - 1) * stride];
+    convert(lanes, i);
+  }
+  store(to + n, splat(-T(INFINITY)));
   return max<T>(m);
 }
 
-template <typename T, typename S> void store_columns(const T* from, int64_t stride, int64_t n, S* to) {
-  int64_t i = 0;
-  if (stride == 1)
-    for (; i + kLanes <= n; i += kLanes) store_as<T>(to + i, load(from + i));
-  for (; i < n; i += kLanes) {
+template <typename T, typename S> void store_columns(const T* from, int64_t stride, int64_t n, S* to, bool past_caches) {
+  if (past_caches && stride == 1 && n % kLanes == 0 && (uintptr_t)to % (kLanes * sizeof(S)) == 0) {
+    for (int64_t i = 0; i < n; i += kLanes) store_as<T, true>(to + i, load(from + i));
+    return;
+  }
+  if (stride == 1 && n >= kLanes) {
+    for (int64_t i = 0; i + kLanes <= n; i += kLanes) store_as<T>(to + i, load(from + i));
+    if (n % kLanes != 0) store_as<T>(to + n - kLanes, load(from + n - kLanes));
+    return;
+  }
+  for (int64_t i = 0; i < n; i += kLanes) {
     S lanes[kLanes];
     store_as<T>(lanes, load(from + i));
     for (int l = 0; l < kLanes && i + l < n; ++l) to[(i + l) * stride] = lanes[l];
@@ -93,13 +102,14 @@ struct Ahead {
   }
 };
 
-template <typename T> void store_block(const LogitsView& v, char* row, int64_t column, int64_t n, const T* from) {
+template <typename T>
+void store_block(const LogitsView& v, char* row, int64_t column, int64_t n, const T* from, bool past_caches) {
   char* p = row + column * v.vocab_stride * v.item_bytes;
   switch (v.storage) {
-    case Storage::kFloat: store_columns<T>(from, v.vocab_stride, n, (float*)p); break;
-    case Storage::kDouble: store_columns<T>(from, v.vocab_stride, n, (double*)p); break;
-    case Storage::kBFloat16: store_columns<T>(from, v.vocab_stride, n, (BFloat16*)p); break;
-    case Storage::kHalf: store_columns<T>(from, v.vocab_stride, n, (Half*)p); break;
+    case Storage::kFloat: store_columns<T>(from, v.vocab_stride, n, (float*)p, past_caches); break;
+    case Storage::kDouble: store_columns<T>(from, v.vocab_stride, n, (double*)p, past_caches); break;
+    case Storage::kBFloat16: store_columns<T>(from, v.vocab_stride, n, (BFloat16*)p, past_caches); break;
+    case Storage::kHalf: store_columns<T>(from, v.vocab_stride, n, (Half*)p, past_caches); break;
   }
 }
 
@@ -267,7 +277,8 @@ void segment_gradient(const RowJob& job, const RowPair& row, const Temperatures<
   // Backwards: the end of the row is what the statistics sweep left in the cache.
   for (int64_t b = blocks.count - 1; b >= 0; --b) {
     const int64_t begin = blocks.begin(b), columns = blocks.columns(b), n = round_up_to_lanes(columns);
-    const bool direct = job.gradient.storage == native<T> && job.gradient.vocab_stride == 1 && n == columns;
+    const bool direct = !job.gradient_past_caches && job.gradient.storage == native<T> &&
+                        job.gradient.vocab_stride == 1 && n == columns;
     T* g = direct ? reinterpret_cast<T*>(row.gradient) + begin : gradient.values;
     const T* z = nullptr;
     // A gradient that overwrites the student must not overwrite what its own later terms read.
@@ -281,8 +292,9 @@ void segment_gradient(const RowJob& job, const RowPair& row, const Temperatures<
     }
     if (reads_logits) add_other_terms(z, n, k, basis, g);
     if (row.label >= begin && row.label < begin + columns) g[row.label - begin] += basis.label;
-    if (!direct) store_block(job.gradient, row.gradient, begin, columns, g);
+    if (!direct) store_block(job.gradient, row.gradient, begin, columns, g, job.gradient_past_caches);
   }
+  if (job.gradient_past_caches) stream_fence();
 }
 
 }  // namespace

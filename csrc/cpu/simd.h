@@ -143,10 +143,7 @@ inline VecU widen(const void* p) {
   std::memcpy(&raw, p, sizeof raw);
   return __builtin_convertvector(raw, VecU);
 }
-inline void narrow(void* p, VecU v) {
-  const VecH raw = __builtin_convertvector(v, VecH);
-  std::memcpy(p, &raw, sizeof raw);
-}
+inline VecH narrow(VecU v) { return __builtin_convertvector(v, VecH); }
 
 inline VecF load_as_float(const float* p) { return load(p); }
 inline VecF load_as_float(const BFloat16* p) { return bits<VecF>(widen(p) << 16); }
@@ -161,20 +158,37 @@ inline VecF load_as_float(const Half* p) {
 }
 
 // Round to nearest, ties to even.
-inline void store_from_float(float* p, VecF v) { store(p, v); }
-inline void store_from_float(BFloat16* p, VecF v) {
+inline VecH to_bfloat16(VecF v) {
   const VecU u = bits<VecU>(v);
   const VecU rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
-  narrow(p, v != v ? VecU{} + 0x7fc0u : rounded);
+  return narrow(v != v ? VecU{} + 0x7fc0u : rounded);
 }
-inline void store_from_float(Half* p, VecF v) {
+inline VecH to_half(VecF v) {
   const VecU u = bits<VecU>(v), sign = (u >> 16) & 0x8000u, magnitude = u & 0x7fffffffu;
   const VecU normal = (magnitude - (112u << 23) + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
   // Below 2^-14 the result is subnormal: 0.5 has an ulp of 2^-24 there, so the addition does the rounding.
   const VecU subnormal = bits<VecU>(bits<VecF>(magnitude) + 0.5f) - 0x3f000000u;
   const VecU finite = magnitude < 0x38800000u ? subnormal : normal;
   const VecU value = magnitude > 0x7f800000u ? VecU{} + 0x7e00u : magnitude >= 0x477ff000u ? VecU{} + 0x7c00u : finite;
-  narrow(p, value | sign);
+  return narrow(value | sign);
+}
+
+// Past the caches: a large gradient would first be read into them to be overwritten, and push out what is in use.
+// `p` is aligned to the bytes written; stream_fence() before another thread may look.
+template <typename T> inline void stream(T* p, Vec<T> v) {
+#if EAKD_VECTOR_BYTES == 64
+  if constexpr (sizeof v == 64) { _mm512_stream_si512((__m512i*)p, bits<__m512i>(v)); return; }
+  if constexpr (sizeof v == 32) { _mm256_stream_si256((__m256i*)p, bits<__m256i>(v)); return; }
+#elif EAKD_VECTOR_BYTES == 32
+  if constexpr (sizeof v == 32) { _mm256_stream_si256((__m256i*)p, bits<__m256i>(v)); return; }
+  if constexpr (sizeof v == 16) { _mm_stream_si128((__m128i*)p, bits<__m128i>(v)); return; }
+#endif
+  store(p, v);
+}
+inline void stream_fence() {
+#if defined(__x86_64__)
+  _mm_sfence();
+#endif
 }
 
 // Storage type S to and from arithmetic type T.
@@ -186,9 +200,15 @@ template <typename T, typename S> inline Vec<T> load_as(const S* p) {
     return __builtin_convertvector(load_as_float(p), Vec<T>);
   }
 }
-template <typename T, typename S> inline void store_as(S* p, Vec<T> v) {
-  if constexpr (std::is_same_v<S, double>) store(p, __builtin_convertvector(v, VecD));
-  else store_from_float(p, __builtin_convertvector(v, VecF));
+template <typename T, bool kStream = false, typename S> inline void store_as(S* p, Vec<T> v) {
+  const auto put = [](auto* to, auto value) {
+    if constexpr (kStream) stream(to, value);
+    else store(to, value);
+  };
+  if constexpr (std::is_same_v<S, double>) put(p, __builtin_convertvector(v, VecD));
+  else if constexpr (std::is_same_v<S, float>) put(p, __builtin_convertvector(v, VecF));
+  else if constexpr (std::is_same_v<S, BFloat16>) put(&p->raw, to_bfloat16(__builtin_convertvector(v, VecF)));
+  else put(&p->raw, to_half(__builtin_convertvector(v, VecF)));
 }
 
 }  // namespace
