@@ -3,6 +3,8 @@
 RowStatistics   per-row statistics, differentiable in the student's logits and in a temperature tensor
 RowGradient     the gradient for given per-row coefficients; differentiating it again raises
 OnePass         loss and finished gradient in one sweep; saves the gradient and no logits
+
+They take a kernel backend. backend="reference" is not behind an operator: `row_statistics` hands it to PyTorch.
 """
 
 import torch
@@ -59,6 +61,33 @@ class RowGradient(Function):
     @staticmethod
     def backward(ctx, grad_output):
         return _NoSecondBackward.backward(ctx, grad_output)
+
+
+class _ReferenceStudent(Function):
+    """The identity on the student's logits, whose gradient keeps what the kernels' promises: once, and in place."""
+
+    @staticmethod
+    def forward(ctx, student_logits: Tensor, inplace: bool) -> Tensor:
+        ctx.inplace = inplace
+        ctx.save_for_backward(student_logits)
+        return student_logits.view_as(student_logits)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (student_logits,) = ctx.saved_tensors
+        if ctx.inplace:
+            gradient = student_logits.detach().copy_(gradient)
+        return _once(gradient, student_logits), None
+
+
+def row_statistics(rows: Rows, inplace_gradient: bool, backend: str) -> tuple[Tensor, ...]:
+    """stats.PUBLIC_FIELDS of every row, differentiable as RowStatistics says, on any backend."""
+    if backend != "reference":
+        return RowStatistics.apply(*rows, inplace_gradient, backend)
+    from .backends import reference
+
+    student = _ReferenceStudent.apply(rows.student_logits, inplace_gradient)
+    return reference.statistics(rows._replace(student_logits=student))
 
 
 def _row_gradient(*arguments) -> Tensor:

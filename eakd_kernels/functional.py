@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import weighting as weights
-from .autograd import OnePass, RowStatistics
+from .autograd import OnePass, row_statistics
 from .divergences import ForwardKL
 from .ops import WEIGHTINGS, LossRule
 from .options import explicit, options_class, takes_options
@@ -164,6 +164,7 @@ def _runs_in_one_pass(problem: Problem, options) -> bool:
     return (
         torch.is_grad_enabled()
         and student.requires_grad
+        and problem.backend != "reference"
         and student.dtype != torch.float16  # a loss scale applied to a rounded gradient comes too late
         and options.reduction != "none"
         and options.weight_norm != "mean"
@@ -199,7 +200,7 @@ def _row_stats(problem: Problem, loss, weight, public) -> RowStats:
 
 def _statistics(problem: Problem, options) -> RowStats:
     rows = problem.rows
-    fields = RowStatistics.apply(*rows, options.inplace_gradient, problem.backend)
+    fields = row_statistics(rows, options.inplace_gradient, problem.backend)
     stats = _row_stats(problem, None, None, fields)
     weight = _weight(stats, problem, options)
     tau_squared = 1.0

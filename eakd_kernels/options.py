@@ -169,5 +169,6 @@ def _check_number(name, value, *, above=None, at_least=None) -> None:
     low, wanted = (above, f"> {above}") if at_least is None else (at_least, f">= {at_least}")
     if not isinstance(value, int | float | torch.SymInt | torch.SymFloat) or isinstance(value, bool):
         raise TypeError(f"{name} must be a number {wanted}, got {_kind(value)}")
-    if not (value > low or value == at_least) or (isinstance(value, float) and not math.isfinite(value)):
+    # Comparisons only, false for NaN: torch.compile(dynamic=True) makes numbers symbolic.
+    if not ((value > low or value == at_least) and value < math.inf):
         raise ValueError(f"{name} must be a finite number {wanted}, got {value!r}")

@@ -1,0 +1,51 @@
+# Every target sets up what it needs in $(VENV); nothing outside this folder is touched.
+#   make demo   distil a real language model on this machine
+#   make test   build and run the tests
+#   make bench  time the loss against eager PyTorch and torch.compile
+#   make lint   ruff and clang-format, as CI runs them
+
+VENV ?= .venv
+PYTHON ?= python3
+# Installed only where the environment has no torch yet; everything is compiled against the torch that is there.
+TORCH ?= torch==2.13.0
+
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check --quiet
+CXX_SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/*.h csrc/cpu/*.cpp)
+
+.PHONY: demo test bench lint format clean
+
+demo: $(VENV)/.demo
+	$(PY) examples/distill_lm.py --out out/demo
+
+test: $(VENV)/.dev
+	$(PY) -m pytest
+
+bench: $(VENV)/.bench
+	$(PY) -m benchmarks --threads 2
+
+lint: $(VENV)/.dev
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(VENV)/bin/clang-format --dry-run --Werror $(CXX_SOURCES)
+
+format: $(VENV)/.dev
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+	$(VENV)/bin/clang-format -i $(CXX_SOURCES)
+
+clean:
+	rm -rf $(VENV) build out *.egg-info eakd_kernels/*.so
+
+$(PY):
+	$(PYTHON) -m venv $(VENV)
+
+# The package itself, compiled in place.
+$(VENV)/.package: setup.py pyproject.toml _build/eakd_build.py $(CXX_SOURCES) | $(PY)
+	$(PY) -c "import torch" 2>/dev/null || $(PIP) install "$(TORCH)"
+	$(PIP) install --editable .
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.package
+	$(PIP) install --editable ".[dev]"
+	touch $@
