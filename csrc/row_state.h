@@ -66,6 +66,7 @@ struct RowState {
 
   // Re-centre on maxima (my, mz) that are at least the present ones: every exponent grows by a constant <= 0.
   EAKD_HD void recentre(T my, T mz, const Temperatures<T>& k) {
+    if (my == My && mz == Mz) return;
     // An empty side has sums of 0 and takes any centre; (-inf) - (-inf) would make them NaN.
     const T step_y = My == T(-INFINITY) ? T(0) : My - my, step_z = Mz == T(-INFINITY) ? T(0) : Mz - mz;
     const T a = step_y * k.k_t, e = step_z * k.k_t, b = step_y * k.k_tau, d = step_z * k.k_tau;
@@ -78,7 +79,7 @@ struct RowState {
     Bd = rb == 0 ? rb * B0 : rb * (Bd + (b - d) * B0);
     B1 = rb * (B1 + b * B0), B0 *= rb;
     D1 = rd * (D1 + d * D0), D0 *= rd;
-    F0 *= pow2(step_z * T(kLog2E));
+    if (F0 != 0) F0 *= pow2(step_z * T(kLog2E));
     My = my, Mz = mz;
   }
 
@@ -162,6 +163,11 @@ template <typename T>
 struct GradientBasis {
   T My, Mz;
   T q, p, hard, entropy, entropy_shift, label;
+
+  template <typename U>
+  EAKD_HD GradientBasis<U> as() const {
+    return {U(My), U(Mz), U(q), U(p), U(hard), U(entropy), U(entropy_shift), U(label)};
+  }
 };
 
 // From the upstream gradients of the row's divergence, student entropy, student lse and cross-entropy:

@@ -86,8 +86,7 @@ struct Rows {
     row_temperatures = per_row<double>(temperatures_, at::kDouble, temperature_values);
   }
 
-  template <typename T>
-  RowTemperatures<T> temperatures() const { return RowTemperatures<T>(row_temperatures, tau, t); }
+  RowTemperatures temperatures() const { return RowTemperatures(row_temperatures, tau, t); }
 
   // A pointer to one value a row; a 0-d tensor serves every row.
   template <typename T>
@@ -129,19 +128,18 @@ struct Rows {
 #endif
   }
 
-  template <typename T>
-  T label_logit(int64_t row) const {
-    if (job.labels == nullptr) return T(0);
+  double label_logit(int64_t row) const {
+    if (job.labels == nullptr) return 0;
     const int64_t label = job.labels[row];
-    if (label < 0 || label >= job.vocab_size) return T(NAN);
+    if (label < 0 || label >= job.vocab_size) return NAN;
     const char* p = job.student.at(row, label);
     switch (job.student.storage) {
-      case Storage::kFloat: return T(*reinterpret_cast<const float*>(p));
-      case Storage::kDouble: return T(*reinterpret_cast<const double*>(p));
-      case Storage::kBFloat16: return T(float(*reinterpret_cast<const c10::BFloat16*>(p)));
-      case Storage::kHalf: return T(float(*reinterpret_cast<const c10::Half*>(p)));
+      case Storage::kFloat: return *reinterpret_cast<const float*>(p);
+      case Storage::kDouble: return *reinterpret_cast<const double*>(p);
+      case Storage::kBFloat16: return *reinterpret_cast<const c10::BFloat16*>(p);
+      case Storage::kHalf: return *reinterpret_cast<const c10::Half*>(p);
     }
-    return T(NAN);
+    return NAN;
   }
 };
 
@@ -153,8 +151,9 @@ struct Rows {
 // ---- row statistics ----------------------------------------------------------------------------------------------
 
 template <typename T>
-RowResult<T> finish_row(const Rows& rows, int64_t row, const RowState<T>& state, const Temperatures<T>& k, T* out) {
-  const RowResult<T> r = finish(state, k, rows.label_logit<T>(row));
+RowResult<double> finish_row(const Rows& rows, int64_t row, const RowState<double>& state, const Temperatures<double>& k,
+                             T* out) {
+  const RowResult<double> r = finish(state, k, rows.label_logit(row));
   const int64_t stride = rows.job.rows;
   out += row;
   out[kDivergence * stride] = r.divergence;
@@ -167,11 +166,11 @@ RowResult<T> finish_row(const Rows& rows, int64_t row, const RowState<T>& state,
 template <typename T>
 void compute_statistics(const Rows& rows, T* out) {
   const int64_t stride = rows.job.rows;
-  const RowTemperatures<T> temperatures = rows.temperatures<T>();
-  visit_states<T>(rows.job, temperatures, [&](int64_t row, const RowState<T>& s) {
-    const RowResult<T> r = finish_row(rows, row, s, temperatures.at(row), out);
-    const T saved[] = {s.My, s.Mz, s.B0, s.D0, s.E0, s.F0};
-    for (int i = 0; i < 6; ++i) out[(kTeacherMax + i) * stride + row] = saved[i];
+  const RowTemperatures temperatures = rows.temperatures();
+  visit_states<T>(rows.job, temperatures, [&](int64_t row, const RowState<double>& s) {
+    const RowResult<double> r = finish_row(rows, row, s, temperatures.at(row), out);
+    const double saved[] = {s.My, s.Mz, s.B0, s.D0, s.E0, s.F0};
+    for (int i = 0; i < 6; ++i) out[(kTeacherMax + i) * stride + row] = T(saved[i]);
     if (!rows.job.temperature_slopes) return;
     out[kDivergenceSlope * stride + row] = r.divergence_slope;
     out[kStudentLseSlope * stride + row] = r.student_lse_slope;
@@ -192,11 +191,11 @@ Tensor row_statistics(EAKD_ROW_PARAMETERS, bool temperature_slopes) {
 template <typename T>
 void compute_gradient(const Rows& rows, const T* statistics, const T* const upstream[4]) {
   const int64_t stride = rows.job.rows;
-  const RowTemperatures<T> temperatures = rows.temperatures<T>();
+  const RowTemperatures temperatures = rows.temperatures();
   write_gradient<T>(rows.job, temperatures, [&](int64_t row) {
-    const auto saved = [&](Field field) { return statistics[field * stride + row]; };
-    const auto g = [&](int i) { return upstream[i] == nullptr ? T(0) : upstream[i][row]; };
-    return gradient_basis(saved(kTeacherMax), saved(kStudentMax), saved(kTeacherSum), saved(kStudentSum),
+    const auto saved = [&](Field field) { return double(statistics[field * stride + row]); };
+    const auto g = [&](int i) { return upstream[i] == nullptr ? 0.0 : double(upstream[i][row]); };
+    return gradient_basis<double>(saved(kTeacherMax), saved(kStudentMax), saved(kTeacherSum), saved(kStudentSum),
                           saved(kStudentEntropySum), saved(kStudentHardSum), saved(kStudentEntropy),
                           temperatures.at(row), g(0), g(1), g(2), g(3));
   });
@@ -225,14 +224,14 @@ void row_gradient(EAKD_ROW_PARAMETERS, const Tensor& statistics, const OptionalT
 template <typename T>
 double compute_loss(const Rows& rows, const LossRule& rule, const T* weights, double scale, T* out) {
   const RowJob& job = rows.job;
-  const RowTemperatures<T> temperatures = rows.temperatures<T>();
-  write_gradient_in_one_pass<T>(job, temperatures, [&](int64_t row, const RowState<T>& s) {
-    const Temperatures<T> k = temperatures.at(row);
-    const RowResult<T> r = finish_row(rows, row, s, k, out);
-    const RowLoss<T> loss = row_loss(r, k, rule, weights == nullptr ? T(1) : weights[row]);
+  const RowTemperatures temperatures = rows.temperatures();
+  write_gradient_in_one_pass<T>(job, temperatures, [&](int64_t row, const RowState<double>& s) {
+    const Temperatures<double> k = temperatures.at(row);
+    const RowResult<double> r = finish_row(rows, row, s, k, out);
+    const RowLoss<double> loss = row_loss(r, k, rule, weights == nullptr ? 1.0 : double(weights[row]));
     out[kWeight * job.rows + row] = loss.weight, out[kLoss * job.rows + row] = loss.loss;
-    return gradient_basis(s.My, s.Mz, s.B0, s.D0, s.E0, s.F0, r.student_entropy, k, T(loss.divergence_factor * scale),
-                          T(0), T(0), T(rule.ce_weight * scale));
+    return gradient_basis<double>(s.My, s.Mz, s.B0, s.D0, s.E0, s.F0, r.student_entropy, k,
+                                  loss.divergence_factor * scale, 0, 0, rule.ce_weight * scale);
   });
   double total = 0;  // in row order, so that the sum does not depend on the threads
   for (int64_t row = 0; row < job.rows; ++row) total += out[kLoss * job.rows + row];

@@ -8,10 +8,9 @@
 namespace eakd {
 namespace {
 
-// Columns are summed block by block (one block of both rows stays in the first-level cache, and no lane adds more than
-// kBlock / lanes terms) and states merged segment by segment. Both are fixed, so results do not depend on how the
-// segments were shared among threads.
-constexpr int64_t kBlock = 2048, kSegment = 8 * kBlock;
+// Columns are summed block by block and states merged segment by segment. Both are fixed for an instruction set, so
+// results do not depend on how the segments were shared among threads.
+constexpr int64_t kTermsPerLane = 128, kSmallestBlock = 4 * kTermsPerLane, kSegment = 16384;
 
 enum class Storage { kFloat, kDouble, kBFloat16, kHalf };
 
@@ -61,12 +60,13 @@ struct KeptExponentials {
 };
 constexpr int64_t kMaxKeptColumns = 1 << 18;
 
+// T is the arithmetic type of the columns; states are double throughout, so that only the lanes of a block round.
 template <typename T>
 struct RowKernels {
   // `kept` may be null; the gradient needs what the state of the same segment left there.
-  RowState<T> (*segment_state)(const RowJob&, const RowPair&, const Temperatures<T>&, int64_t segment,
-                               const KeptExponentials<T>* kept);
-  void (*segment_gradient)(const RowJob&, const RowPair&, const Temperatures<T>&, const GradientBasis<T>&,
+  RowState<double> (*segment_state)(const RowJob&, const RowPair&, const Temperatures<double>&, int64_t segment,
+                                    const KeptExponentials<T>* kept);
+  void (*segment_gradient)(const RowJob&, const RowPair&, const Temperatures<double>&, const GradientBasis<double>&,
                            int64_t segment, const KeptExponentials<T>* kept);
 };
 

@@ -9,6 +9,10 @@
 namespace eakd {
 namespace {
 
+// No lane adds more terms than this before they go on in double, and both rows' blocks fit the first-level cache.
+constexpr int64_t kBlock = kTermsPerLane * kLanes;
+static_assert(kBlock >= kSmallestBlock && kSegment % kBlock == 0, "blocks divide segments");
+
 // With room for the padding behind a last partial vector.
 template <typename T> struct Block { alignas(64) T values[kBlock + kLanes]; };
 
@@ -85,7 +89,7 @@ Columns<T> load_block(const LogitsView& v, const char* row, int64_t column, int6
   return {};
 }
 
-// Blocks are single pages, at whose ends the hardware's prefetching stops: arithmetic on one block asks for the next.
+// Blocks are a page or two, at whose ends the hardware's prefetching stops: arithmetic on one block asks for the next.
 // Past the end of the row that is the next row, or nothing; a prefetch never faults.
 struct Ahead {
   const char *teacher, *student;
@@ -115,17 +119,17 @@ void store_block(const LogitsView& v, char* row, int64_t column, int64_t n, cons
 
 // ---- statistics ------------------------------------------------------------------------------------------------
 
-template <typename T> T centre(T m) { return m == -T(INFINITY) ? T(0) : m; }
+template <typename T> T centre(double m) { return m == -INFINITY ? T(0) : T(m); }
 
 // The sums of one block at both temperatures. With tau = T0/P and t = T0/Q for small integers, one exponential
 // u = 2^x, x = (y - My) log2(e)/T0, gives 2^b = u^P and 2^a = u^Q. P = Q = 0: no such ratio, two exponentials.
 // keep_b, keep_d: [n], where 2^b and 2^d are to stay; null: nowhere. `ahead` fetches the next block meanwhile.
 template <typename T, int P, int Q>
-void add_block_sums(RowState<T>& s, const T* y, const T* z, int64_t n, const Temperatures<T>& k, T* keep_b, T* keep_d,
-                    const Ahead& ahead) {
+void add_block_sums(RowState<double>& s, const T* y, const T* z, int64_t n, const Temperatures<double>& k, T* keep_b,
+                    T* keep_d, const Ahead& ahead) {
   constexpr bool shared = P > 0;
-  const T k0 = shared ? k.k_tau / T(P) : k.k_tau, to_t = shared ? T(Q) : k.k_t / k.k_tau;
-  const T my = centre(s.My), mz = centre(s.Mz);
+  const T k0 = T(shared ? k.k_tau / P : k.k_tau), to_t = T(k.k_t / k.k_tau);
+  const T my = centre<T>(s.My), mz = centre<T>(s.Mz);
   Vec<T> A0{}, A1{}, E0{}, E1{}, B0{}, Bd{}, D0{};
   for (int64_t i = 0; i < n; i += kLanes) {
     ahead.fetch(i);
@@ -146,21 +150,23 @@ void add_block_sums(RowState<T>& s, const T* y, const T* z, int64_t n, const Tem
     A1 += ea * ay, E1 += ee * az;
     if constexpr (P != Q || !shared) A0 += ea, E0 += ee;
   }
-  const T unit_tau = shared ? T(P) : T(1), unit_t = shared ? T(Q) : T(1);
+  // Exactly, so that first moments do not carry the rounding of k0.
+  const double unit_tau = k.k_tau / k0, unit_t = k.k_t / (shared ? double(k0) : double(k0) * to_t);
   s.B0 = sum<T>(B0), s.D0 = sum<T>(D0), s.Bd = sum<T>(Bd) * unit_tau;
   s.A1 = sum<T>(A1) * unit_t, s.E1 = sum<T>(E1) * unit_t;
   s.A0 = shared && P == Q ? s.B0 : sum<T>(A0), s.E0 = shared && P == Q ? s.D0 : sum<T>(E0);
 }
 
-template <typename T> T block_hard_sum(const T* z, int64_t n, T mz) {
+template <typename T> double block_hard_sum(const T* z, int64_t n, T mz) {
   Vec<T> F0{};
   for (int64_t i = 0; i < n; i += kLanes) F0 += exp2_any<T>((load(z + i) - mz) * T(kLog2E));
   return sum<T>(F0);
 }
 
 template <typename T>
-void add_block_slopes(RowState<T>& s, const T* y, const T* z, int64_t n, const Temperatures<T>& k) {
-  const T my = centre(s.My), mz = centre(s.Mz);
+void add_block_slopes(RowState<double>& s, const T* y, const T* z, int64_t n, const Temperatures<double>& exact) {
+  const Temperatures<T> k(exact.tau, exact.t);
+  const T my = centre<T>(s.My), mz = centre<T>(s.Mz);
   Vec<T> B1{}, D1{}, Bbd{};
   for (int64_t i = 0; i < n; i += kLanes) {
     const Vec<T> b = raise_to((load(y + i) - my) * k.k_tau, kExp2Floor<T>), d_raw = (load(z + i) - mz) * k.k_tau;
@@ -172,10 +178,11 @@ void add_block_slopes(RowState<T>& s, const T* y, const T* z, int64_t n, const T
 }
 
 template <typename T> 
-using SumBlock = void (*)(RowState<T>&, const T*, const T*, int64_t, const Temperatures<T>&, T*, T*, const Ahead&);
+using SumBlock = void (*)(RowState<double>&, const T*, const T*, int64_t, const Temperatures<double>&, T*, T*,
+                          const Ahead&);
 
 // The cheapest way to both temperatures: the first pair with P tau = Q t.
-template <typename T> SumBlock<T> sum_block_for(const Temperatures<T>& k) {
+template <typename T> SumBlock<T> sum_block_for(const Temperatures<double>& k) {
   struct Ratio { int P, Q; SumBlock<T> sum; };
 #define EAKD_RATIO(P, Q) {P, Q, add_block_sums<T, P, Q>}
   static constexpr Ratio ratios[] = {EAKD_RATIO(1, 1), EAKD_RATIO(2, 1), EAKD_RATIO(3, 1), EAKD_RATIO(4, 1),
@@ -183,7 +190,7 @@ template <typename T> SumBlock<T> sum_block_for(const Temperatures<T>& k) {
                                      EAKD_RATIO(2, 3), EAKD_RATIO(3, 4), EAKD_RATIO(4, 3)};
 #undef EAKD_RATIO
   for (const Ratio& r : ratios)
-    if (T(r.P) * k.tau == T(r.Q) * k.t) return r.sum;
+    if (r.P * k.tau == r.Q * k.t) return r.sum;
   return add_block_sums<T, 0, 0>;
 }
 
@@ -201,17 +208,17 @@ struct Blocks {
 };
 
 template <typename T>
-RowState<T> segment_state(const RowJob& job, const RowPair& row, const Temperatures<T>& k, int64_t segment,
-                          const KeptExponentials<T>* kept) {
+RowState<double> segment_state(const RowJob& job, const RowPair& row, const Temperatures<double>& k, int64_t segment,
+                               const KeptExponentials<T>* kept) {
   Block<T> teacher, student;
   const SumBlock<T> sum_block = sum_block_for<T>(k);
   const Blocks blocks(job, segment);
-  RowState<T> state;
+  RowState<double> state;
   for (int64_t b = 0; b < blocks.count; ++b) {
     const int64_t begin = blocks.begin(b), columns = blocks.columns(b), n = round_up_to_lanes(columns);
     const Columns<T> y = load_block<T>(job.teacher, row.teacher, begin, columns, teacher.values, false);
     const Columns<T> z = load_block<T>(job.student, row.student, begin, columns, student.values, false);
-    RowState<T> block;
+    RowState<double> block;
     block.My = y.max, block.Mz = z.max;
     T *keep_b = nullptr, *keep_d = nullptr;
     if (kept != nullptr) {
@@ -220,7 +227,7 @@ RowState<T> segment_state(const RowJob& job, const RowPair& row, const Temperatu
     }
     sum_block(block, y.values, z.values, n, k, keep_b, keep_d, Ahead(job, row, begin + kBlock));
     if (job.labels != nullptr)
-      block.F0 = k.tau == T(1) ? block.D0 : k.t == T(1) ? block.E0 : block_hard_sum(z.values, n, centre(block.Mz));
+      block.F0 = k.tau == 1 ? block.D0 : k.t == 1 ? block.E0 : block_hard_sum(z.values, n, centre<T>(block.Mz));
     if (job.temperature_slopes) add_block_slopes(block, y.values, z.values, n, k);
     if (b == 0) state = block;
     else state.merge(block, k);
@@ -234,7 +241,7 @@ RowState<T> segment_state(const RowJob& job, const RowPair& row, const Temperatu
 template <typename T>
 void divergence_gradient(const T* y, const T* z, int64_t n, const Temperatures<T>& k, const GradientBasis<T>& c, T* g,
                          const Ahead& ahead) {
-  const T my = centre(c.My), mz = centre(c.Mz);
+  const T my = centre<T>(c.My), mz = centre<T>(c.Mz);
   for (int64_t i = 0; i < n; i += kLanes) {
     ahead.fetch(i);
     store(g + i, c.q * exp2_any<T>((load(z + i) - mz) * k.k_tau) + c.p * exp2_any<T>((load(y + i) - my) * k.k_tau));
@@ -255,7 +262,7 @@ void kept_gradient(const KeptExponentials<T>& kept, int64_t begin, int64_t n, co
 // g += hard 2^((z - Mz) log2(e)) + entropy 2^e (ln2 e + entropy_shift), where those terms are asked for.
 template <typename T>
 void add_other_terms(const T* z, int64_t n, const Temperatures<T>& k, const GradientBasis<T>& c, T* g) {
-  const T mz = centre(c.Mz);
+  const T mz = centre<T>(c.Mz);
   if (c.hard != 0)
     for (int64_t i = 0; i < n; i += kLanes)
       store(g + i, load(g + i) + c.hard * exp2_any<T>((load(z + i) - mz) * T(kLog2E)));
@@ -267,11 +274,12 @@ void add_other_terms(const T* z, int64_t n, const Temperatures<T>& k, const Grad
 }
 
 template <typename T>
-void segment_gradient(const RowJob& job, const RowPair& row, const Temperatures<T>& k, const GradientBasis<T>& given,
-                      int64_t segment, const KeptExponentials<T>* kept) {
+void segment_gradient(const RowJob& job, const RowPair& row, const Temperatures<double>& temperatures,
+                      const GradientBasis<double>& exact_basis, int64_t segment, const KeptExponentials<T>* kept) {
   Block<T> teacher, student, gradient;
-  GradientBasis<T> basis = given;
-  if (k.tau == T(1)) basis.q += basis.hard, basis.hard = 0;  // the same exponentials
+  const Temperatures<T> k(temperatures.tau, temperatures.t);
+  GradientBasis<T> basis = exact_basis.as<T>();
+  if (k.tau == T(1)) basis.q = exact_basis.q + exact_basis.hard, basis.hard = 0;  // the same exponentials
   const bool reads_logits = kept == nullptr || basis.hard != 0 || basis.entropy != 0;
   const Blocks blocks(job, segment);
   // Backwards: the end of the row is what the statistics sweep left in the cache.

@@ -11,18 +11,20 @@
 #include "dispatch.h"
 
 namespace eakd {
+namespace {
 
 // tau is one number or one per row; t is one number.
-template <typename T>
 class RowTemperatures {
  public:
   RowTemperatures(const double* per_row, double tau, double t) : per_row_(per_row), t_(t), all_(tau, t) {}
-  Temperatures<T> at(int64_t row) const { return per_row_ == nullptr ? all_ : Temperatures<T>(per_row_[row], t_); }
+  Temperatures<double> at(int64_t row) const {
+    return per_row_ == nullptr ? all_ : Temperatures<double>(per_row_[row], t_);
+  }
 
  private:
   const double* per_row_;
   double t_;
-  Temperatures<T> all_;
+  Temperatures<double> all_;
 };
 
 inline bool shares_segments(const RowJob& job) {
@@ -54,7 +56,7 @@ class KeptRow {
  public:
   explicit KeptRow(const RowJob& job) {
     constexpr int64_t kPadding = 64;  // a block is padded to whole vectors
-    const int64_t columns = job.vocab_size + kPadding, blocks = job.vocab_size / kBlock + 1;
+    const int64_t columns = job.vocab_size + kPadding, blocks = job.vocab_size / kSmallestBlock + 1;
     room_.reset(new T[2 * (columns + blocks)]);
     view_ = {room_.get(), room_.get() + columns, room_.get() + 2 * columns, room_.get() + 2 * columns + blocks};
   }
@@ -66,24 +68,24 @@ class KeptRow {
 };
 
 template <typename T>
-RowState<T> row_state(const RowJob& job, const RowPair& pair, const Temperatures<T>& k,
+RowState<double> row_state(const RowJob& job, const RowPair& pair, const Temperatures<double>& k,
                       const KeptExponentials<T>* kept = nullptr) {
   const RowKernels<T>& kernels = row_kernels<T>();
-  RowState<T> state = kernels.segment_state(job, pair, k, 0, kept);
+  RowState<double> state = kernels.segment_state(job, pair, k, 0, kept);
   for (int64_t s = 1; s < job.segments(); ++s) state.merge(kernels.segment_state(job, pair, k, s, kept), k);
   return state;
 }
 
 template <typename T>
-void write_gradient_row(const RowJob& job, const RowPair& pair, const Temperatures<T>& k,
-                        const GradientBasis<T>& basis, const KeptExponentials<T>* kept = nullptr) {
+void write_gradient_row(const RowJob& job, const RowPair& pair, const Temperatures<double>& k,
+                        const GradientBasis<double>& basis, const KeptExponentials<T>* kept = nullptr) {
   for (int64_t s = job.segments() - 1; s >= 0; --s) row_kernels<T>().segment_gradient(job, pair, k, basis, s, kept);
 }
 
 // visit(row, state) for every row kept. The states do not depend on the number of threads: segments are merged in
 // order either way.
 template <typename T, typename Visit>
-void visit_states(const RowJob& job, const RowTemperatures<T>& temperatures, const Visit& visit) {
+void visit_states(const RowJob& job, const RowTemperatures& temperatures, const Visit& visit) {
   if (!shares_segments(job)) {
     at::parallel_for(0, job.rows, row_grain(job), [&](int64_t begin, int64_t end) {
       const FlushSubnormals flush;
@@ -93,7 +95,7 @@ void visit_states(const RowJob& job, const RowTemperatures<T>& temperatures, con
     return;
   }
   const int64_t segments = job.segments();
-  std::vector<RowState<T>> states(job.rows * segments);
+  std::vector<RowState<double>> states(job.rows * segments);
   at::parallel_for(0, job.rows * segments, 1, [&](int64_t begin, int64_t end) {
     const FlushSubnormals flush;
     for (int64_t i = begin; i < end; ++i) {
@@ -105,7 +107,7 @@ void visit_states(const RowJob& job, const RowTemperatures<T>& temperatures, con
   const FlushSubnormals flush;
   for (int64_t row = 0; row < job.rows; ++row) {
     if (!job.kept(row)) continue;
-    RowState<T> state = states[row * segments];
+    RowState<double> state = states[row * segments];
     for (int64_t s = 1; s < segments; ++s) state.merge(states[row * segments + s], temperatures.at(row));
     visit(row, state);
   }
@@ -130,7 +132,7 @@ inline void write_zeros(const RowJob& job) {
 
 // basis_of(row) for every row kept.
 template <typename T, typename BasisOf>
-void write_gradient(const RowJob& job, const RowTemperatures<T>& temperatures, const BasisOf& basis_of) {
+void write_gradient(const RowJob& job, const RowTemperatures& temperatures, const BasisOf& basis_of) {
   write_zeros(job);
   const int64_t segments = shares_segments(job) ? job.segments() : 1;
   const int64_t grain = segments > 1 ? 1 : row_grain(job);
@@ -140,20 +142,20 @@ void write_gradient(const RowJob& job, const RowTemperatures<T>& temperatures, c
       const int64_t row = i / segments;
       if (!job.kept(row)) continue;
       const RowPair pair(job, row);
-      const Temperatures<T> k = temperatures.at(row);
+      const Temperatures<double> k = temperatures.at(row);
       if (segments > 1) row_kernels<T>().segment_gradient(job, pair, k, basis_of(row), i % segments, nullptr);
-      else write_gradient_row(job, pair, k, basis_of(row));
+      else write_gradient_row<T>(job, pair, k, basis_of(row));
     }
   });
 }
 
 // State, basis and gradient of one row after the other, while it is in the cache.
 template <typename T, typename BasisOfState>
-void write_gradient_in_one_pass(const RowJob& job, const RowTemperatures<T>& temperatures, const BasisOfState& basis_of) {
+void write_gradient_in_one_pass(const RowJob& job, const RowTemperatures& temperatures, const BasisOfState& basis_of) {
   write_zeros(job);
   if (shares_segments(job)) {
-    std::vector<GradientBasis<T>> bases(job.rows);
-    visit_states<T>(job, temperatures, [&](int64_t row, const RowState<T>& s) { bases[row] = basis_of(row, s); });
+    std::vector<GradientBasis<double>> bases(job.rows);
+    visit_states<T>(job, temperatures, [&](int64_t row, const RowState<double>& s) { bases[row] = basis_of(row, s); });
     write_gradient<T>(job, temperatures, [&](int64_t row) { return bases[row]; });
     return;
   }
@@ -165,11 +167,12 @@ void write_gradient_in_one_pass(const RowJob& job, const RowTemperatures<T>& tem
     for (int64_t row = begin; row < end; ++row) {
       if (!job.kept(row)) continue;
       const RowPair pair(job, row);
-      const Temperatures<T> k = temperatures.at(row);
-      const RowState<T> state = row_state(job, pair, k, kept);
-      write_gradient_row(job, pair, k, basis_of(row, state), kept);
+      const Temperatures<double> k = temperatures.at(row);
+      const RowState<double> state = row_state<T>(job, pair, k, kept);
+      write_gradient_row<T>(job, pair, k, basis_of(row, state), kept);
     }
   });
 }
 
+}  // namespace
 }  // namespace eakd

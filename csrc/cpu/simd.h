@@ -59,27 +59,33 @@ template <typename V> inline V larger(V a, V b) {
   return a > b ? a : b;
 }
 
-// The upper half of the vector over the lower, again and again: the same order for every instruction set's width.
-template <typename T, int kHalf> inline Vec<T> fold(Vec<T> v) {
-  using Index = std::conditional_t<sizeof(T) == 8, int64_t, int32_t>;
-  typedef Index Indices __attribute__((vector_size(kLanes * sizeof(T))));
-  Indices shifted;
-  for (int i = 0; i < kLanes; ++i) shifted[i] = (i + kHalf) % kLanes;
-#if defined(__clang__)
-  Vec<T> out;
-  for (int i = 0; i < kLanes; ++i) out[i] = v[shifted[i]];
-  return out;
-#else
-  return __builtin_shuffle(v, shifted);
-#endif
+// Halves are combined until one lane is left.
+template <typename V, int N> struct HalfOf {
+  typedef std::remove_cv_t<std::remove_reference_t<decltype(V{}[0])>> T;
+  typedef T Half __attribute__((vector_size(N / 2 * sizeof(T))));
+  Half low, high;
+  explicit HalfOf(const V& v) {
+    std::memcpy(&low, &v, sizeof low);
+    std::memcpy(&high, reinterpret_cast<const char*>(&v) + sizeof low, sizeof high);
+  }
+};
+template <int N = kLanes, typename V> inline double sum_lanes(V v) {
+  const HalfOf<V, N> halves(v);
+  if constexpr (N == 2) return halves.low[0] + halves.high[0];
+  else return sum_lanes<N / 2>(halves.low + halves.high);
 }
-template <typename T, int kHalf = kLanes / 2> inline T sum(Vec<T> v) {
-  if constexpr (kHalf == 0) return v[0];
-  else return sum<T, kHalf / 2>(v + fold<T, kHalf>(v));
+// In double: a block's sum is then as good as its lanes.
+template <typename T> inline double sum(Vec<T> v) {
+  const HalfOf<Vec<T>, kLanes> halves(v);
+  typedef double Doubles __attribute__((vector_size(kLanes / 2 * sizeof(double))));
+  return sum_lanes<kLanes / 2>(__builtin_convertvector(halves.low, Doubles) +
+                               __builtin_convertvector(halves.high, Doubles));
 }
-template <typename T, int kHalf = kLanes / 2> inline T max(Vec<T> v) {
-  if constexpr (kHalf == 0) return v[0];
-  else return max<T, kHalf / 2>(larger(v, fold<T, kHalf>(v)));
+template <typename T, int N = kLanes, typename V = Vec<T>> inline T max(V v) {
+  const HalfOf<V, N> halves(v);
+  const auto larger_half = halves.low > halves.high ? halves.low : halves.high;
+  if constexpr (N == 2) return larger_half[0];
+  else return max<T, N / 2>(larger_half);
 }
 
 // The exponent below which 2^x counts as 0. Also the floor to which x is raised before a product 2^x * x, so that
