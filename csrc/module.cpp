@@ -12,6 +12,7 @@ PYBIND11_MODULE(_C, m) {
     info["cxx_standard"] = __cplusplus;
     info["torch"] = TORCH_VERSION;
     info["num_statistics"] = int(eakd::kNumStatistics);
+    info["num_statistics_with_slopes"] = int(eakd::kNumStatisticsWithSlopes);
     info["num_loss_statistics"] = int(eakd::kNumLossStatistics);
     return info;
   }, "What this shared object was compiled with.");

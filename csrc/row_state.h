@@ -29,12 +29,13 @@ namespace {
 
 // Order of the rows of the statistics tensor, as eakd_kernels/stats.py names them. The first six are public; the
 // second six are what the gradient needs (sums, not log-sum-exps: at an offset of 1000 an fp32 lse has steps of 6e-5);
-// the last two are written only for a temperature that requires grad.
+// the last two are there only for a temperature that requires grad.
 enum Field : int {
   kDivergence, kTeacherEntropy, kStudentEntropy, kTeacherLse, kStudentLse, kCrossEntropy,
   kTeacherMax, kStudentMax, kTeacherSum, kStudentSum, kStudentEntropySum, kStudentHardSum,
-  kDivergenceSlope, kStudentLseSlope,
   kNumStatistics,
+  kDivergenceSlope = kNumStatistics, kStudentLseSlope,
+  kNumStatisticsWithSlopes,
   // The one-pass operator returns the six public fields and these two.
   kWeight = 6, kLoss, kNumLossStatistics,
 };

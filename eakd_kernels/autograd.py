@@ -13,7 +13,7 @@ from torch.autograd import Function
 
 from . import ops
 from .ops import Rows
-from .stats import PUBLIC_FIELDS, STATISTICS
+from .stats import PUBLIC_FIELDS, STATISTICS_WITH_SLOPES
 
 _NUM_ROWS, _TEMPERATURES = len(Rows._fields), Rows._fields.index("temperatures")
 _NUM_TENSORS = _TEMPERATURES + 1  # they come first
@@ -105,7 +105,8 @@ class RowStatistics(Function):
     """(divergence, teacher_entropy, student_entropy, teacher_lse, student_lse, cross_entropy), each [...].
 
     apply(*Rows, inplace_gradient, backend). Differentiable in student_logits (divergence, student_entropy,
-    student_lse, cross_entropy) and in `temperatures` (divergence, student_lse). Saves both logits and 56 bytes a row.
+    student_lse, cross_entropy) and in `temperatures` (divergence, student_lse). Saves both logits and 48 bytes a row (56 with a temperature
+    that requires grad).
     """
 
     @staticmethod
@@ -141,7 +142,7 @@ def _temperature_gradient(rows: Rows, statistics: Tensor, g_divergence: Tensor |
     for g, slope in ((g_divergence, "divergence_slope"), (g_lse, "student_lse_slope")):
         if g is not None:
             # An infinite divergence has no slope; where nothing flows back into it, it must not matter.
-            total = total + torch.where(g == 0, 0.0, g * statistics[STATISTICS.index(slope)])
+            total = total + torch.where(g == 0, 0.0, g * statistics[STATISTICS_WITH_SLOPES.index(slope)])
     if rows.keep is not None:
         total = torch.where(rows.keep, total, 0.0)
     if rows.temperatures.dim() == 0:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .dispatch import backend_module
-from .stats import LOSS_STATISTICS, STATISTICS
+from .stats import LOSS_STATISTICS, STATISTICS, STATISTICS_WITH_SLOPES
 
 
 class Rows(NamedTuple):
@@ -86,12 +86,17 @@ def _row_statistics(*arguments):
     return backend_module(backend).row_statistics(Rows(*rows), temperature_slopes)
 
 
+def _fake_statistics(*arguments):
+    *rows, temperature_slopes, _backend = arguments
+    return _new_statistics(Rows(*rows), STATISTICS_WITH_SLOPES if temperature_slopes else STATISTICS)
+
+
 _define(
     "row_statistics",
     f"{_ROWS}, bool temperature_slopes",
     "Tensor",
     _row_statistics,
-    lambda *arguments: _new_statistics(Rows(*arguments[:_NUM_ROWS]), STATISTICS),
+    _fake_statistics,
 )
 
 

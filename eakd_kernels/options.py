@@ -45,7 +45,7 @@ def explicit(function):
     @functools.wraps(function)
     def checked(*args, **keywords):
         if not known.issuperset(keywords):
-            check_keywords(keywords, keyword_names(function), f"{function.__name__}()")
+            check_keywords(keywords, known, f"{function.__name__}()")
         return function(*args, **keywords)
 
     return checked

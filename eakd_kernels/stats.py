@@ -33,8 +33,7 @@ class RowStats(NamedTuple):
 
 # Rows of the statistics tensor, as csrc/row_state.h numbers them.
 PUBLIC_FIELDS = RowStats._fields[2:]
-# Row statistics keep what the gradient needs: maxima, sums of exponentials at tau (both), t and 1 (student), and the
-# derivatives in tau.
+# Row statistics keep what the gradient needs: maxima, and sums of exponentials at tau (both), t and 1 (student).
 STATISTICS = (
     *PUBLIC_FIELDS,
     "teacher_max",
@@ -43,7 +42,7 @@ STATISTICS = (
     "student_sum",
     "student_entropy_sum",
     "student_hard_sum",
-    "divergence_slope",
-    "student_lse_slope",
 )
+# d/dtau, where a temperature requires grad.
+STATISTICS_WITH_SLOPES = (*STATISTICS, "divergence_slope", "student_lse_slope")
 LOSS_STATISTICS = (*PUBLIC_FIELDS, "weight", "loss")

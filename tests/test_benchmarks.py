@@ -39,7 +39,7 @@ def test_quick_cases_are_part_of_the_full_list():
 
 
 def wrong_loss(student, teacher, labels):
-    return eager(student, teacher, labels) * (1 + 1e-5)
+    return eager(student, teacher, labels) * (1 + 3e-5)
 
 
 def wrong_gradient(student, teacher, labels):
@@ -133,11 +133,11 @@ def test_the_command_prints_what_it_saves(printed, tmp_path):
     assert "memory" not in table  # it was not measured
 
 
-@pytest.mark.parametrize(("ratio", "verdict"), [(8.0, "goal"), (6.0, "pass"), (5.9, "MISS")])
-def test_goals_say_goal_pass_or_miss(ratio, verdict, monkeypatch):
+@pytest.mark.parametrize(("ratio", "verdict"), [(8.0, "goal met"), (6.0, "pass"), (5.9, "MISS")])
+def test_goals_are_met_passed_or_missed(ratio, verdict, monkeypatch):
     monkeypatch.setattr(report, "GOALS", [Goal(TINY.model, TINY.dtype, "eager", at_least=6, goal=8)])
     row = {**vars(TINY), "provider": "eakd cpu", **dict.fromkeys(("x_eager", "x_eager_q1", "x_eager_q3"), str(ratio))}
-    assert report.goals([row]).splitlines()[-1].split("|")[1].strip() == verdict
+    assert report.goals([row]).splitlines()[-1].split("|")[-2].strip() == verdict
 
 
 def test_the_table_goes_between_the_markers():

@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from support import assert_gradient_within_rounding, assert_within_error_rule, eager, leaf
 
 from eakd_kernels import distill_stats, ea_kd_loss
-from support import assert_gradient_within_rounding, assert_within_error_rule, eager, leaf
 
 FOLDER = Path(__file__).parent / "conformance"
 CASES = {case["name"]: case for case in json.loads((FOLDER / "index.json").read_text())["cases"]}

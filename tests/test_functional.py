@@ -4,9 +4,6 @@ import math
 
 import pytest
 import torch
-
-from benchmarks.cases import MODEL_VOCABULARIES
-from eakd_kernels import distill_stats, ea_kd_loss, ea_weights
 from support import (
     FLOATS,
     assert_gradient_within_rounding,
@@ -15,6 +12,9 @@ from support import (
     leaf,
     make_logits,
 )
+
+from benchmarks.cases import OTHER_SHAPES, QUICK_SHAPES
+from eakd_kernels import distill_stats, ea_kd_loss, ea_weights
 
 # below a vector, about one, several, around a block of 2048 columns and a segment of 8 blocks, large and odd
 VOCABULARIES = [1, 2, 7, 16, 17, 100, 1000, 2047, 2048, 2049, 4099, 16384, 16385, 50257]
@@ -94,8 +94,8 @@ def test_near_identical(kernels):
     assert (stats.divergence >= -(2.0**-22) * math.log(30000)).all()
 
 
-@pytest.mark.parametrize("name, vocab_size", MODEL_VOCABULARIES.items(), ids=MODEL_VOCABULARIES)
-def test_model_vocabularies(name, vocab_size, kernels):
+@pytest.mark.parametrize("model, vocab_size, rows", QUICK_SHAPES + OTHER_SHAPES)
+def test_model_vocabularies(model, vocab_size, rows, kernels):
     student, teacher = make_logits(3, vocab_size, dtype=torch.bfloat16)
     check_everything(student, teacher, kernels)
 

@@ -180,7 +180,7 @@ void compute_statistics(const Rows& rows, T* out) {
 Tensor row_statistics(EAKD_ROW_PARAMETERS, bool temperature_slopes) {
   Rows rows(EAKD_ROW_ARGUMENTS);
   rows.job.temperature_slopes = temperature_slopes;
-  Tensor out = rows.new_statistics(kNumStatistics);
+  Tensor out = rows.new_statistics(temperature_slopes ? kNumStatisticsWithSlopes : kNumStatistics);
   if (rows.is_double()) compute_statistics(rows, out.data_ptr<double>());
   else compute_statistics(rows, out.data_ptr<float>());
   return out;

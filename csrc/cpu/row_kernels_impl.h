@@ -128,19 +128,21 @@ template <typename T, int P, int Q>
 void add_block_sums(RowState<double>& s, const T* y, const T* z, int64_t n, const Temperatures<double>& k, T* keep_b,
                     T* keep_d, const Ahead& ahead) {
   constexpr bool shared = P > 0;
-  const T k0 = T(shared ? k.k_tau / P : k.k_tau), to_t = T(k.k_t / k.k_tau);
+  const T k0 = T(shared ? k.k_tau / P : k.k_tau), kt = T(k.k_t);
   const T my = centre<T>(s.My), mz = centre<T>(s.Mz);
   Vec<T> A0{}, A1{}, E0{}, E1{}, B0{}, Bd{}, D0{};
   for (int64_t i = 0; i < n; i += kLanes) {
     ahead.fetch(i);
-    const Vec<T> xy = raise_to((load(y + i) - my) * k0, kExp2Floor<T>), xz_raw = (load(z + i) - mz) * k0;
+    const Vec<T> y_step = load(y + i) - my, z_step = load(z + i) - mz;
+    const Vec<T> xy = raise_to(y_step * k0, kExp2Floor<T>), xz_raw = z_step * k0;
     const Vec<T> xz = raise_to(xz_raw, kExp2Floor<T>);
     const Vec<T> uy = exp2_from_floor(xy), uz = exp2_from_floor(xz);
     Vec<T> eb, ed, ea, ee, ay, az;
     if constexpr (shared) {
       eb = power<P>(uy), ed = power<P>(uz), ea = power<Q>(uy), ee = power<Q>(uz), ay = xy, az = xz;
     } else {
-      ay = raise_to(xy * to_t, kExp2Floor<T>), az = raise_to(xz * to_t, kExp2Floor<T>);
+      // From the logits again: the floor at tau is not the floor at t.
+      ay = raise_to(y_step * kt, kExp2Floor<T>), az = raise_to(z_step * kt, kExp2Floor<T>);
       eb = uy, ed = uz, ea = exp2_from_floor(ay), ee = exp2_from_floor(az);
     }
     B0 += eb, D0 += ed;
@@ -151,7 +153,7 @@ void add_block_sums(RowState<double>& s, const T* y, const T* z, int64_t n, cons
     if constexpr (P != Q || !shared) A0 += ea, E0 += ee;
   }
   // Exactly, so that first moments do not carry the rounding of k0.
-  const double unit_tau = k.k_tau / k0, unit_t = k.k_t / (shared ? double(k0) : double(k0) * to_t);
+  const double unit_tau = k.k_tau / k0, unit_t = k.k_t / (shared ? k0 : kt);
   s.B0 = sum<T>(B0), s.D0 = sum<T>(D0), s.Bd = sum<T>(Bd) * unit_tau;
   s.A1 = sum<T>(A1) * unit_t, s.E1 = sum<T>(E1) * unit_t;
   s.A0 = shared && P == Q ? s.B0 : sum<T>(A0), s.E0 = shared && P == Q ? s.D0 : sum<T>(E0);

@@ -1,0 +1,68 @@
+"""Who runs, and what is said about it."""
+
+import logging
+import subprocess
+import sys
+
+import pytest
+import torch
+from support import make_logits
+
+from eakd_kernels import available_backends, dispatch, ea_kd_loss, env
+
+
+def test_available_backends():
+    backends = available_backends()
+    assert list(backends) == ["reference", "cpu", "triton", "cuda"]
+    assert backends["reference"] is None
+    assert all(reason is None or len(reason) > 10 for reason in backends.values())
+
+
+def test_auto_chooses_and_says_so_once(caplog):
+    dispatch._announce.cache_clear()
+    student, teacher = make_logits(2, 10)
+    with caplog.at_level(logging.INFO, "eakd_kernels"):
+        ea_kd_loss(student, teacher)
+        ea_kd_loss(student, teacher)
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == 1 and ("cpu" in said[0] or "reference" in said[0])
+
+
+def test_environment_overrides_auto_only(monkeypatch):
+    def resolve(name):
+        return dispatch.resolve(name, "cpu", torch.float32, torch.float32)
+
+    monkeypatch.setenv("EAKD_BACKEND", "reference")
+    assert resolve("auto") == "reference"
+    if available_backends()["cpu"] is None:
+        assert resolve("cpu") == "cpu"
+    monkeypatch.setenv("EAKD_BACKEND", "nonsense")
+    with pytest.raises(ValueError, match="EAKD_BACKEND.*nonsense"):
+        resolve("auto")
+
+
+def test_a_backend_asked_for_by_name_runs_or_raises():
+    with pytest.raises(RuntimeError, match='backend="cpu" cannot run.*meta'):
+        dispatch.resolve("cpu", "meta", torch.float32, torch.float32)
+
+
+def test_the_report_lists_what_a_bug_report_needs():
+    out = subprocess.run([sys.executable, "-m", "eakd_kernels"], capture_output=True, text=True, check=True).stdout
+    words = ["eakd_kernels", torch.__version__, "CPU capability", "threads", "backend cpu", "backend cuda", "GPU"]
+    assert all(word in out for word in words)
+
+
+def test_without_the_extension_the_reference_runs():
+    code = (
+        "import sys; sys.modules['eakd_kernels._C'] = None\n"
+        "import torch, eakd_kernels as e\n"
+        "z = torch.randn(2, 9, requires_grad=True)\n"
+        "e.ea_kd_loss(z, torch.randn(2, 9)).backward()\n"
+        "reason = e.available_backends()['cpu']; assert 'EAKD_NO_EXT' in reason, reason\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_environment_variables_are_all_in_one_place():
+    names = [variable.name for variable in env.VARIABLES]
+    assert len(set(names)) == len(names) and all(name.startswith("EAKD_") for name in names)

@@ -1,0 +1,72 @@
+"""The operators by themselves: schemas, fakes, aliasing, and agreement with one another."""
+
+import pytest
+import torch
+from support import make_logits
+
+from eakd_kernels import ops, stats
+
+
+def make_rows(dtype=torch.float32, tensors=True):
+    student, teacher = (x.detach() for x in make_logits(2, 3, 50, dtype=dtype))
+    if not tensors:
+        return ops.Rows(student, teacher, None, None, None, 2.0, 3.0, 50)
+    labels, keep = torch.randint(0, 40, (2, 3)), torch.rand(2, 3) > 0.2
+    return ops.Rows(student, teacher, labels, keep, 1 + torch.rand(2, 3), 1.0, 3.0, 40)
+
+
+RULES = [
+    ops.LossRule(None, ops.WEIGHTINGS["ea"], 3.7, 1.0, True, 1.0, 0.3, 0.1, None),
+    ops.LossRule(torch.rand(2, 3), ops.WEIGHTINGS["tensor"], 3.7, 0.5, False, 0.9, 0.0, 1.0, torch.tensor(5)),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("tensors", [True, False])
+def test_opcheck(dtype, tensors, kernels):
+    rows = make_rows(dtype, tensors)
+    statistics = ops.row_statistics(*rows, tensors, kernels)
+    upstream = torch.rand(2, 3, dtype=statistics.dtype)
+    check = torch.library.opcheck
+    check(ops.row_statistics, (*rows, tensors, kernels))
+    check(ops.row_gradient, (*rows, statistics, upstream, None, upstream, None, kernels))
+    check(ops.row_gradient_, (rows[0].clone(), *rows[1:], statistics, upstream, upstream, None, None, kernels))
+    for rule in RULES:
+        check(ops.one_pass, (*rows, *rule, kernels))
+        check(ops.one_pass_, (rows[0].clone(), *rows[1:], *rule, kernels))
+    check(ops.scale_gradient, (rows[0], torch.tensor(2.0)))
+    check(ops.scale_gradient_, (rows[0].clone(), torch.tensor(2.0)))
+
+
+@pytest.mark.parametrize("rule", RULES, ids=["ea", "tensor"])
+def test_one_pass_agrees_with_statistics_and_gradient(rule, kernels):
+    rows = make_rows(torch.float64)
+    loss, fields, gradient = ops.one_pass(*rows, *rule, kernels)
+    named = dict(zip(stats.LOSS_STATISTICS, fields, strict=True))
+    statistics = ops.row_statistics(*rows, False, kernels)
+    for name, field in zip(stats.PUBLIC_FIELDS, statistics, strict=False):
+        assert torch.equal(named[name], field), name
+    scale = rule.scale if rule.denominator is None else rule.scale / rule.denominator.item()
+    torch.testing.assert_close(loss, named["loss"].sum() * scale)
+    tau_squared = rows.temperatures.double() ** 2 if rule.tau_squared else 1
+    factor = rule.kd_weight * named["weight"] * tau_squared * scale
+    hard = torch.full_like(factor, rule.ce_weight) * scale
+    want = ops.row_gradient(*rows, statistics, factor, None, None, hard, kernels)
+    torch.testing.assert_close(gradient, want, rtol=1e-12, atol=1e-15)
+
+
+def test_field_order_is_that_of_the_kernels():
+    extension = pytest.importorskip("eakd_kernels._C")
+    info = extension.build_info()
+    assert info["num_statistics"] == len(stats.STATISTICS)
+    assert info["num_statistics_with_slopes"] == len(stats.STATISTICS_WITH_SLOPES)
+    assert info["num_loss_statistics"] == len(stats.LOSS_STATISTICS)
+
+
+def test_scaling_by_one_is_free(kernels):
+    gradient = torch.rand(3, 4, dtype=torch.bfloat16)
+    before, version = gradient.clone(), gradient._version
+    ops.scale_gradient_(gradient, torch.tensor(1.0))
+    assert torch.equal(gradient, before)
+    ops.scale_gradient_(gradient, torch.tensor(3.0))
+    assert torch.equal(gradient, (before.float() * 3).bfloat16()) and gradient._version >= version

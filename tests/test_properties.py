@@ -1,0 +1,141 @@
+"""Invariants of the loss over random problems (hypothesis)."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support import make_logits
+
+from eakd_kernels import distill_stats, ea_kd_loss
+
+TEMPERATURES = st.sampled_from([0.5, 1.0, 1.7, 2.0, 3.0, 4.0, 10.0])
+problems = st.fixed_dictionaries(
+    {
+        "rows": st.integers(1, 5),
+        "vocab_size": st.one_of(st.integers(2, 70), st.integers(2000, 2100)),
+        "scale": st.sampled_from([1e-3, 1.0, 5.0, 30.0]),
+        "seed": st.integers(0, 2**31 - 1),
+        "tau": TEMPERATURES,
+        "t": TEMPERATURES,
+    }
+)
+checked = settings(max_examples=40, deadline=None)
+
+
+class Problem:
+    def __init__(self, backend, rows, vocab_size, scale, seed, tau, t):
+        pair = make_logits(rows, vocab_size, scale=scale, seed=seed, dtype=torch.float64)
+        self.student, self.teacher = pair
+        self.options = {"temperature": tau, "entropy_temperature": t, "backend": backend}
+
+    def stats(self, student=None, teacher=None, **options):
+        student = self.student if student is None else student
+        return distill_stats(student, self.teacher if teacher is None else teacher, **{**self.options, **options})
+
+    def gradient(self, student=None, teacher=None):
+        z = (self.student if student is None else student).detach().requires_grad_()
+        loss = ea_kd_loss(z, self.teacher if teacher is None else teacher, **self.options)
+        return torch.autograd.grad(loss, z)[0]
+
+
+def assert_same(got, want):
+    torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-10)
+
+
+def for_every_problem(check):
+    @checked
+    @given(problem=problems)
+    def run(backend, problem):
+        check(Problem(backend, **problem))
+
+    def test(backend):
+        run(backend=backend)
+
+    return test
+
+
+# hypothesis reuses function-scoped fixtures, which is fine here: a backend's name has no state.
+@for_every_problem
+def test_shifts_change_nothing_but_lse(p):
+    shifted = p.stats(p.student.detach() + 7.5, p.teacher - 11.25)
+    for name, want in p.stats()._asdict().items():
+        if name not in ("student_lse", "teacher_lse", "cross_entropy"):
+            assert_same(getattr(shifted, name), want)
+    assert_same(shifted.student_lse, p.stats().student_lse + 7.5 / p.options["temperature"])
+    assert_same(p.gradient(p.student.detach() + 7.5, p.teacher - 11.25), p.gradient())
+
+
+@for_every_problem
+def test_order_of_the_vocabulary_does_not_matter(p):
+    order = torch.randperm(p.student.shape[-1])
+    assert_same(p.stats(p.student[:, order], p.teacher[:, order]).loss, p.stats().loss)
+    assert_same(p.gradient(p.student[:, order], p.teacher[:, order]), p.gradient()[:, order])
+
+
+@for_every_problem
+def test_a_student_that_is_the_teacher(p):
+    stats = p.stats(p.teacher)
+    assert stats.divergence.abs().max() <= 1e-12
+    assert p.gradient(p.teacher).abs().max() <= 1e-12
+    assert_same(stats.student_entropy, stats.teacher_entropy)
+
+
+@for_every_problem
+def test_gradient_rows_sum_to_zero(p):
+    gradient = p.gradient()
+    assert gradient.sum(-1).abs().max() <= 1e-12 * max(1, gradient.abs().max().item()) * gradient.shape[-1]
+
+
+@for_every_problem
+def test_bounds(p):
+    stats, log_v = p.stats(), math.log(p.student.shape[-1])
+    tiny = 1e-9
+    for entropy in (stats.teacher_entropy, stats.student_entropy):
+        assert (entropy >= -tiny).all() and (entropy <= log_v + tiny).all()
+    assert (stats.divergence >= -tiny).all()
+    assert (stats.weight >= stats.teacher_entropy / 2 - tiny).all()
+    assert (stats.weight <= stats.teacher_entropy + tiny).all()
+
+
+@for_every_problem
+def test_masked_columns_change_nothing(p):
+    pad = torch.full((len(p.student), 3), -torch.inf, dtype=torch.float64)
+    bound = {"entropy_bound": math.log(p.student.shape[-1])}
+    padded = p.stats(torch.cat([pad, p.student], -1), torch.cat([pad, p.teacher], -1), **bound)
+    for got, want in zip(padded, p.stats(**bound), strict=True):
+        if want is not None:
+            assert_same(got, want)
+
+
+@for_every_problem
+def test_rows_are_independent(p):
+    """Permuting the weights relative to the rows changes the loss as it should: no outer product."""
+    weights = torch.rand(len(p.student), dtype=torch.float64)
+    stats = p.stats(weighting="none")
+    loss = ea_kd_loss(p.student, p.teacher, weighting=weights, reduction="none", **p.options)
+    assert_same(loss, weights * stats.loss)
+
+
+def test_uniform_rows_weigh_log_v(backend):
+    flat = torch.zeros(3, 100, dtype=torch.float64)
+    stats = distill_stats(flat, flat + 5, backend=backend)
+    assert_same(stats.weight, torch.full((3,), math.log(100), dtype=torch.float64))
+
+
+def test_hot_entropies_are_uniform(backend):
+    student, teacher = make_logits(3, 100, dtype=torch.float64)
+    stats = distill_stats(student, teacher, entropy_temperature=1e6, backend=backend)
+    assert_same(stats.teacher_entropy, torch.full((3,), math.log(100), dtype=torch.float64))
+
+
+@pytest.mark.parametrize("tau", [0.5, 1.0, 2.0, 4.0])
+def test_shared_exponentials_equal_separate_ones(tau, kernels):
+    """tau = t takes one exponential for both temperatures; a t next to it takes two."""
+    student, teacher = make_logits(3, 5000, dtype=torch.float32)
+    one, two = (distill_stats(student, teacher, temperature=tau, entropy_temperature=t, backend=kernels)
+                for t in (tau, tau * (1 + 2.0**-30)))
+    for got, want in zip(one, two, strict=True):
+        if want is not None:
+            torch.testing.assert_close(got, want, rtol=2e-6, atol=2e-6)

@@ -1,0 +1,131 @@
+"""Bad input: an error before any work, naming the argument, what it got and what would work."""
+
+import inspect
+
+import pytest
+import torch
+from support import make_logits
+
+from eakd_kernels import EAKDLoss, distill_stats, ea_kd_loss, ea_weights
+
+Z, Y = make_logits(2, 3, 10)
+ROWS = (2, 3)
+LABELS = torch.zeros(ROWS, dtype=torch.long)
+
+
+
+BAD = [
+    # what is given, the error, words of its message
+    ({"student_logits": Z[:1]}, ValueError, "same leading shape"),
+    ({"student_logits": Z[..., :9]}, ValueError, "vocab_size=9"),
+    ({"student_logits": Z.detach().long()}, TypeError, "student_logits.*int64"),
+    ({"teacher_logits": Y.to(torch.complex64)}, TypeError, "teacher_logits.*complex64"),
+    ({"teacher_logits": Y.numpy()}, TypeError, "teacher_logits.*ndarray"),
+    ({"student_logits": torch.tensor(1.0), "teacher_logits": torch.tensor(1.0)}, ValueError, "at least one column"),
+    ({"student_logits": Z[..., :0], "teacher_logits": Y[..., :0]}, ValueError, "at least one column"),
+    ({"teacher_logits": Y.clone().requires_grad_()}, ValueError, r"teacher_logits\.detach\(\)"),
+    ({"teacher_logits": Y.to("meta")}, ValueError, "teacher_logits.*device cpu, got meta"),
+    ({"labels": LABELS[0]}, ValueError, r"labels.*\(2, 3\).*\(3,\)"),
+    ({"labels": LABELS.float()}, TypeError, "labels.*int64.*float32"),
+    ({"labels": LABELS.tolist()}, TypeError, "labels.*list"),
+    ({"labels": LABELS + 10, "ce_weight": 1.0}, ValueError, "labels must be in 0..9.*got 10"),
+    ({"labels": LABELS - 1, "ce_weight": 1.0}, ValueError, "labels.*got -1"),
+    ({"labels": LABELS.to("meta")}, ValueError, "labels.*meta"),
+    ({"ce_weight": 1.0}, ValueError, "ce_weight.*needs labels"),
+    ({"ce_weight": -1.0, "labels": LABELS}, ValueError, "ce_weight.*>= 0"),
+    ({"kd_weight": float("nan")}, ValueError, "kd_weight.*nan"),
+    ({"kd_weight": "1"}, TypeError, "kd_weight.*str"),
+    ({"mask": LABELS}, TypeError, "mask.*bool.*int64"),
+    ({"mask": torch.ones(3, 2, dtype=torch.bool)}, ValueError, r"mask.*\(2, 3\).*\(3, 2\)"),
+    ({"temperature": 0.0}, ValueError, "temperature.*> 0"),
+    ({"temperature": -1}, ValueError, "temperature.*> 0"),
+    ({"temperature": float("nan")}, ValueError, "temperature.*nan"),
+    ({"temperature": float("inf")}, ValueError, "temperature.*finite"),
+    ({"temperature": True}, TypeError, "temperature.*bool"),
+    ({"temperature": torch.tensor(0.0)}, ValueError, "temperature.*> 0"),
+    ({"temperature": torch.full(ROWS, float("nan"))}, ValueError, "temperature.*row kept"),
+    ({"temperature": torch.ones(3)}, ValueError, r"temperature.*\(2, 3\).*\(3,\)"),
+    ({"temperature": torch.tensor(2)}, TypeError, "temperature.*int64"),
+    ({"entropy_temperature": 0}, ValueError, "entropy_temperature.*> 0"),
+    ({"entropy_temperature": torch.tensor(1.0)}, TypeError, "entropy_temperature"),
+    ({"entropy_bound": -1.0}, ValueError, "entropy_bound.*>= 0"),
+    ({"weighting": "EA"}, ValueError, '"ea".*EA'),
+    ({"weighting": None}, TypeError, "weighting.*None"),
+    ({"weighting": torch.ones(3)}, ValueError, r"weighting.*\(2, 3\).*\(3,\)"),
+    ({"weighting": torch.ones(ROWS, dtype=torch.long)}, TypeError, "weighting.*int64"),
+    ({"weighting": lambda stats: stats.divergence[0]}, ValueError, r"weighting returned \(3,\)"),
+    ({"weighting": lambda stats: 1.0}, ValueError, "weighting returned float"),
+    ({"weight_norm": "sum"}, ValueError, 'weight_norm.*"bound".*sum'),
+    ({"divergence": "kl"}, ValueError, '"forward_kl".*kl'),
+    ({"divergence": 3}, TypeError, "divergence.*3"),
+    ({"reduction": "batchmean"}, ValueError, 'batchmean.*"mean"'),
+    ({"reduction": "average"}, ValueError, "reduction.*average"),
+    ({"backend": "numba"}, ValueError, "backend.*cpu.*numba"),
+    ({"backend": None}, TypeError, "backend.*None"),
+    ({"backend": "cuda"}, RuntimeError, 'backend="cuda".*usable here.*reference'),
+    ({"vocab_size": 0}, ValueError, "vocab_size.*1..10.*0"),
+    ({"vocab_size": 11}, ValueError, "vocab_size.*1..10.*11"),
+    ({"vocab_size": 5.0}, TypeError, "vocab_size.*float"),
+    ({"num_items": 0}, ValueError, "num_items.*> 0"),
+    ({"num_items": torch.tensor(0)}, ValueError, "num_items.*> 0"),
+    ({"num_items": torch.tensor([2])}, ValueError, "num_items.*0-d"),
+    ({"num_items": 2, "reduction": "none"}, ValueError, "num_items.*mean"),
+    ({"inplace_gradient": True}, ValueError, "inplace_gradient.*leaf"),
+    ({"student_logits": (Z * 1)[:, :1].expand(2, 3, 10), "inplace_gradient": True}, ValueError, "inplace_gradient.*share"),
+    ({"detach_weights": "no"}, TypeError, "detach_weights.*no"),
+    ({"ignore_index": 1.5}, TypeError, "ignore_index.*float"),
+    ({"process_group": object()}, NotImplementedError, "process_group"),
+    ({"standardize": True}, NotImplementedError, "standardize"),
+    ({"teacher_class_weights": torch.ones(10)}, NotImplementedError, "teacher_class_weights"),
+    ({"temperature": (1.0, 2.0)}, NotImplementedError, "temperature as a tuple"),
+    ({"divergence": "reverse_kl"}, NotImplementedError, "reverse_kl"),
+    ({"divergence": "jeffreys"}, NotImplementedError, "jeffreys"),
+    ({"temprature": 2.0}, TypeError, "temprature.*did you mean 'temperature'"),
+    ({"xyz": 2.0}, TypeError, "xyz.*it takes"),
+]
+
+
+@pytest.mark.parametrize("given, error, words", BAD, ids=[f"{i}-{next(iter(b[0]))}" for i, b in enumerate(BAD)])
+def test_bad_input(given, error, words):
+    with pytest.raises(error, match=words):
+        ea_kd_loss(**{"student_logits": Z, "teacher_logits": Y, **given})
+
+
+@pytest.mark.parametrize("given, error, words", [bad for bad in BAD if "student_logits" not in bad[0]])
+def test_the_other_functions_check_as_much(given, error, words):
+    """What a function takes it checks; what it does not take it refuses, with the nearest name."""
+    for function in (distill_stats, ea_weights):
+        taken = inspect.signature(function).parameters
+        if all(name in taken for name in given):
+            with pytest.raises(error, match=words):
+                function(**{"student_logits": Z, "teacher_logits": Y, **given})
+        else:
+            with pytest.raises(TypeError):
+                function(**{"student_logits": Z, "teacher_logits": Y, **given})
+
+
+@pytest.mark.parametrize(
+    "given, error, words",
+    [bad for bad in BAD if not {"student_logits", "teacher_logits", "labels", "inplace_gradient"} & set(bad[0])],
+)
+def test_the_module_refuses_bad_options_when_it_is_made_or_called(given, error, words):
+    if "temprature" in given or "xyz" in given:
+        words = words.split(".*")[0]
+    with pytest.raises(error, match=words):
+        EAKDLoss(**given)(Z, Y)
+
+
+def test_labels_out_of_range_matter_only_where_they_are_used():
+    far = LABELS + 1000
+    assert ea_kd_loss(Z, Y, far).isfinite()
+    with pytest.raises(ValueError, match="labels"):
+        distill_stats(Z, Y, far)
+    assert ea_kd_loss(Z, Y, torch.full(ROWS, -100), ce_weight=1.0) == 0
+
+
+def test_bad_input_does_no_work(monkeypatch):
+    from eakd_kernels import ops
+
+    monkeypatch.setattr(ops, "one_pass", lambda *arguments: pytest.fail("the kernel ran"))
+    with pytest.raises(ValueError):
+        ea_kd_loss(Z, Y, reduction="median")
