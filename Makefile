@@ -13,13 +13,18 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check --quiet
 CXX_SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/*.h csrc/cpu/*.cpp)
 
-.PHONY: demo test bench lint format clean
+.PHONY: demo test smoke bench lint format clean
 
 demo: $(VENV)/.installed $(VENV)/.teacher
 	$(PY) examples/distill_lm.py --out out/demo
 
 test: $(VENV)/.installed
 	$(PY) -m pytest
+
+# Three steps of the demo and one benchmark case: that they run, not what they show.
+smoke: $(VENV)/.installed $(VENV)/.teacher
+	$(PY) examples/distill_lm.py --steps 3 --out out/smoke
+	$(PY) -m benchmarks --case CIFAR-100 --rounds 3
 
 bench: $(VENV)/.installed
 	$(PY) -m benchmarks --threads 2

@@ -43,7 +43,14 @@ def extensions():
         depends=[f"csrc/{name}" for name in ("row_state.h", "cpu/simd.h", "cpu/row_kernels.h", "cpu/rows.h")],
         # Without -fopenmp at::parallel_for compiles and runs on one thread. -Wno-psabi: vectors are never passed
         # between translation units.
-        extra_compile_args=[*optimisation, *sanitize, "-fopenmp", "-Wno-psabi", "-Wno-unknown-pragmas", "-Wno-maybe-uninitialized"],
+        extra_compile_args=[
+            *optimisation,
+            *sanitize,
+            "-fopenmp",
+            "-Wno-psabi",
+            "-Wno-unknown-pragmas",
+            "-Wno-maybe-uninitialized",
+        ],
         extra_link_args=["-fopenmp", *sanitize],
     )
     return {"ext_modules": [extension], "cmdclass": {"build_ext": Build}}

@@ -31,13 +31,26 @@ namespace {
 // second six are what the gradient needs (sums, not log-sum-exps: at an offset of 1000 an fp32 lse has steps of 6e-5);
 // the last two are there only for a temperature that requires grad.
 enum Field : int {
-  kDivergence, kTeacherEntropy, kStudentEntropy, kTeacherLse, kStudentLse, kCrossEntropy,
-  kTeacherMax, kStudentMax, kTeacherSum, kStudentSum, kStudentEntropySum, kStudentHardSum,
+  kDivergence,
+  kTeacherEntropy,
+  kStudentEntropy,
+  kTeacherLse,
+  kStudentLse,
+  kCrossEntropy,
+  kTeacherMax,
+  kStudentMax,
+  kTeacherSum,
+  kStudentSum,
+  kStudentEntropySum,
+  kStudentHardSum,
   kNumStatistics,
-  kDivergenceSlope = kNumStatistics, kStudentLseSlope,
+  kDivergenceSlope = kNumStatistics,
+  kStudentLseSlope,
   kNumStatisticsWithSlopes,
   // The one-pass operator returns the six public fields and these two.
-  kWeight = 6, kLoss, kNumLossStatistics,
+  kWeight = 6,
+  kLoss,
+  kNumLossStatistics,
 };
 
 enum Weighting : int { kWeightNone, kWeightTeacher, kWeightStudent, kWeightEA, kWeightTensor };
@@ -55,8 +68,7 @@ template <typename T>
 struct Temperatures {
   T tau, t;
   T k_tau, k_t;
-  EAKD_HD Temperatures(double tau_, double t_)
-      : tau(T(tau_)), t(T(t_)), k_tau(T(kLog2E / tau_)), k_t(T(kLog2E / t_)) {}
+  EAKD_HD Temperatures(double tau_, double t_) : tau(T(tau_)), t(T(t_)), k_tau(T(kLog2E / tau_)), k_t(T(kLog2E / t_)) {}
 };
 
 template <typename T>
@@ -159,7 +171,8 @@ EAKD_HD RowLoss<T> row_loss(const RowResult<T>& r, const Temperatures<T>& k, con
 }
 
 // The student gradient of a row in the basis of docs/math.md:
-//     g_j = q 2^d_j + p 2^b_j + hard 2^((z_j - Mz) log2(e)) + entropy 2^e_j (ln2 e_j + entropy_shift) + label [j = label]
+//     g_j = q 2^d_j + p 2^b_j + hard 2^((z_j - Mz) log2(e)) + entropy 2^e_j (ln2 e_j + entropy_shift) + label [j =
+//     label]
 template <typename T>
 struct GradientBasis {
   T My, Mz;
@@ -174,8 +187,8 @@ struct GradientBasis {
 // From the upstream gradients of the row's divergence, student entropy, student lse and cross-entropy:
 //     dD/dz = (q - p)/tau    dlse/dz = q/tau    dH_S/dz = -q' (log q' + H_S)/t    dCE/dz = softmax(z) - onehot
 template <typename T>
-EAKD_HD GradientBasis<T> gradient_basis(T My, T Mz, T B0, T D0, T E0, T F0, T student_entropy,
-                                        const Temperatures<T>& k, T g_divergence, T g_entropy, T g_lse, T g_hard) {
+EAKD_HD GradientBasis<T> gradient_basis(T My, T Mz, T B0, T D0, T E0, T F0, T student_entropy, const Temperatures<T>& k,
+                                        T g_divergence, T g_entropy, T g_lse, T g_hard) {
   GradientBasis<T> c;
   c.My = My, c.Mz = Mz;
   // A fully masked side has a sum of 0, and a divergence that does not move.

@@ -105,8 +105,8 @@ class RowStatistics(Function):
     """(divergence, teacher_entropy, student_entropy, teacher_lse, student_lse, cross_entropy), each [...].
 
     apply(*Rows, inplace_gradient, backend). Differentiable in student_logits (divergence, student_entropy,
-    student_lse, cross_entropy) and in `temperatures` (divergence, student_lse). Saves both logits and 48 bytes a row (56 with a temperature
-    that requires grad).
+    student_lse, cross_entropy) and in `temperatures` (divergence, student_lse). Saves both logits and 48 bytes a row,
+    56 with a temperature that requires grad.
     """
 
     @staticmethod

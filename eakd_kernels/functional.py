@@ -112,9 +112,7 @@ Options = options_class(ea_kd_loss)
 
 
 @takes_options(ea_kd_loss, without=("reduction", "num_items", "return_stats", "inplace_gradient"))
-def distill_stats(
-    student_logits: Tensor, teacher_logits: Tensor, labels: Tensor | None = None, **options
-) -> RowStats:
+def distill_stats(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor | None = None, **options) -> RowStats:
     """Per-row statistics of a student/teacher pair, for weightings, curricula and reductions of one's own.
 
     Takes the logits, labels and options of `ea_kd_loss` (see there), and raises what it raises. In one sweep over the

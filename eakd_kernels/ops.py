@@ -54,7 +54,9 @@ _RULE = (
     "Tensor? weights, int weighting, float entropy_bound, float weight_scale, bool tau_squared, float kd_weight, "
     "float ce_weight, float scale, Tensor? denominator"
 )
-_UPSTREAM = "Tensor? grad_divergence, Tensor? grad_student_entropy, Tensor? grad_student_lse, Tensor? grad_cross_entropy"
+_UPSTREAM = (
+    "Tensor? grad_divergence, Tensor? grad_student_entropy, Tensor? grad_student_lse, Tensor? grad_cross_entropy"
+)
 _ROWS_MUTABLE = _ROWS.replace("Tensor student_logits", "Tensor(a!) student_logits", 1)
 
 _library = torch.library.Library("eakd", "DEF")

@@ -162,7 +162,9 @@ def _is_int(value) -> bool:
 def _check_choice(name, value, known, more="") -> None:
     if not (isinstance(value, str) and value in known):
         choices = ", ".join(f'"{choice}"' for choice in known)
-        raise (ValueError if isinstance(value, str) else TypeError)(f"{name} must be one of {choices}{more}, got {value!r}")
+        raise (ValueError if isinstance(value, str) else TypeError)(
+            f"{name} must be one of {choices}{more}, got {value!r}"
+        )
 
 
 def _check_number(name, value, *, above=None, at_least=None) -> None:

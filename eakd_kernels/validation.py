@@ -170,7 +170,9 @@ def _check_values(labels, keep, temperatures, options, vocab_size) -> None:
     if temperatures is not None and temperatures.device.type == "cpu":
         values = temperatures.detach()
         if some(~((values > 0) & values.isfinite())):
-            raise ValueError(f"temperature must be finite and > 0 in every row kept, got {values.flatten()[:8].tolist()}")
+            raise ValueError(
+                f"temperature must be finite and > 0 in every row kept, got {values.flatten()[:8].tolist()}"
+            )
     items = options.num_items
     if torch.is_tensor(items) and items.device.type == "cpu" and not items > 0:
         raise ValueError(f"num_items must be > 0, got {items.item()}")

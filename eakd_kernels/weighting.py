@@ -36,7 +36,7 @@ BUILT_IN = {"ea": ea, "teacher": teacher, "student": student, "none": none}
 
 
 def normalize(weights: Tensor, weight_norm: str, entropy_bound: float, keep: Tensor | None) -> Tensor:
-    """"none": as they are. "mean": scaled to mean 1 over the rows kept, all 0 if their sum is 0. "bound": w / H_ub.
+    """As they are for "none". "mean": scaled to mean 1 over the rows kept, all 0 if their sum is 0. "bound": w / H_ub.
 
     weights: [...], 0 in rows left out. keep: [...] bool or None.
     """

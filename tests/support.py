@@ -86,4 +86,6 @@ def assert_gradient_within_rounding(got, exact, baseline):
         info = torch.finfo(got.dtype)
         allowed = allowed + 0.5 * info.eps * (exact.abs() + allowed) + 0.5 * info.smallest_normal * info.eps
     excess = (error - allowed).max()
-    assert excess <= 0, f"off by {error.max():.3g}, which is {excess:.3g} too much (largest entry {exact.abs().max():.3g})"
+    assert excess <= 0, (
+        f"off by {error.max():.3g}, which is {excess:.3g} too much (largest entry {exact.abs().max():.3g})"
+    )

@@ -125,7 +125,9 @@ def test_statistics_used_twice(backend):
     student, teacher = make_logits(4, 60, dtype=torch.float64)
     stats = distill_stats(student, teacher, backend=backend)
     together = torch.autograd.grad(stats.divergence.sum() + stats.student_entropy.sum(), student, retain_graph=True)[0]
-    apart = [torch.autograd.grad(x.sum(), student, retain_graph=True)[0] for x in (stats.divergence, stats.student_entropy)]
+    apart = [
+        torch.autograd.grad(x.sum(), student, retain_graph=True)[0] for x in (stats.divergence, stats.student_entropy)
+    ]
     torch.testing.assert_close(together, sum(apart))
 
 

@@ -37,12 +37,12 @@ def test_environment_overrides_auto_only(monkeypatch):
     if available_backends()["cpu"] is None:
         assert resolve("cpu") == "cpu"
     monkeypatch.setenv("EAKD_BACKEND", "nonsense")
-    with pytest.raises(ValueError, match="EAKD_BACKEND.*nonsense"):
+    with pytest.raises(ValueError, match=r"EAKD_BACKEND.*nonsense"):
         resolve("auto")
 
 
 def test_a_backend_asked_for_by_name_runs_or_raises():
-    with pytest.raises(RuntimeError, match='backend="cpu" cannot run.*meta'):
+    with pytest.raises(RuntimeError, match=r'backend="cpu" cannot run.*meta'):
         dispatch.resolve("cpu", "meta", torch.float32, torch.float32)
 
 

@@ -169,7 +169,10 @@ def test_fully_masked_vocabulary(who, backend):
         y[0] = -INF
     z.requires_grad_()
     stats = distill_stats(z, y, labels, backend=backend)
-    mine = {"student": ("student_entropy", "student_lse", "cross_entropy"), "teacher": ("teacher_entropy", "teacher_lse")}
+    mine = {
+        "student": ("student_entropy", "student_lse", "cross_entropy"),
+        "teacher": ("teacher_entropy", "teacher_lse"),
+    }
     for side in mine if who == "both" else (who,):
         assert not any(getattr(stats, name)[0] for name in mine[side])
     assert stats.divergence[0] == (INF if who == "student" else 0)
@@ -221,7 +224,9 @@ def test_strides(view, dtype, backend):
     student, teacher = view(base), view(teacher)
     plain = leaf(student, dtype)
     for strided, contiguous in zip(
-        both_paths(student, teacher, backend=backend), both_paths(plain, teacher.contiguous(), backend=backend), strict=True
+        both_paths(student, teacher, backend=backend),
+        both_paths(plain, teacher.contiguous(), backend=backend),
+        strict=True,
     ):
         assert torch.equal(strided[0], contiguous[0]) and torch.equal(strided[1], contiguous[1])
 

@@ -239,7 +239,9 @@ def test_temperature_gradient_in_fp32(kernels):
     for name, dtype, backend in (("got", torch.float32, kernels), ("exact", torch.float64, "reference")):
         tau = torch.full((5,), 1.3, dtype=dtype, requires_grad=True)
         stats = distill_stats(student.to(dtype), teacher.to(dtype), temperature=tau, backend=backend)
-        results[name] = [torch.autograd.grad(x.sum(), tau, retain_graph=True)[0] for x in (stats.loss, stats.student_lse)]
+        results[name] = [
+            torch.autograd.grad(x.sum(), tau, retain_graph=True)[0] for x in (stats.loss, stats.student_lse)
+        ]
     for got, exact in zip(results["got"], results["exact"], strict=True):
         torch.testing.assert_close(got.double(), exact, rtol=1e-5, atol=1e-5)
 

@@ -28,7 +28,9 @@ def saved_bytes(loss_of):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(
-    "options", [{}, {"reduction": "none"}, {"detach_weights": False}, {"weight_norm": "mean"}, {"ce_weight": 0.5}], ids=str
+    "options",
+    [{}, {"reduction": "none"}, {"detach_weights": False}, {"weight_norm": "mean"}, {"ce_weight": 0.5}],
+    ids=str,
 )
 def test_retained_between_forward_and_backward(dtype, options, kernels):
     rows, vocab_size = 64, 5000

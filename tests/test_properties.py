@@ -134,8 +134,10 @@ def test_hot_entropies_are_uniform(backend):
 def test_shared_exponentials_equal_separate_ones(tau, kernels):
     """tau = t takes one exponential for both temperatures; a t next to it takes two."""
     student, teacher = make_logits(3, 5000, dtype=torch.float32)
-    one, two = (distill_stats(student, teacher, temperature=tau, entropy_temperature=t, backend=kernels)
-                for t in (tau, tau * (1 + 2.0**-30)))
+    one, two = (
+        distill_stats(student, teacher, temperature=tau, entropy_temperature=t, backend=kernels)
+        for t in (tau, tau * (1 + 2.0**-30))
+    )
     for got, want in zip(one, two, strict=True):
         if want is not None:
             torch.testing.assert_close(got, want, rtol=2e-6, atol=2e-6)

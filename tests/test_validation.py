@@ -13,7 +13,6 @@ ROWS = (2, 3)
 LABELS = torch.zeros(ROWS, dtype=torch.long)
 
 
-
 BAD = [
     # what is given, the error, words of its message
     ({"student_logits": Z[:1]}, ValueError, "same leading shape"),
@@ -71,7 +70,11 @@ BAD = [
     ({"num_items": torch.tensor([2])}, ValueError, "num_items.*0-d"),
     ({"num_items": 2, "reduction": "none"}, ValueError, "num_items.*mean"),
     ({"inplace_gradient": True}, ValueError, "inplace_gradient.*leaf"),
-    ({"student_logits": (Z * 1)[:, :1].expand(2, 3, 10), "inplace_gradient": True}, ValueError, "inplace_gradient.*share"),
+    (
+        {"student_logits": (Z * 1)[:, :1].expand(2, 3, 10), "inplace_gradient": True},
+        ValueError,
+        "inplace_gradient.*share",
+    ),
     ({"detach_weights": "no"}, TypeError, "detach_weights.*no"),
     ({"ignore_index": 1.5}, TypeError, "ignore_index.*float"),
     ({"process_group": object()}, NotImplementedError, "process_group"),

@@ -72,10 +72,11 @@ struct Rows {
   Rows(const Tensor& student_, const Tensor& teacher_, const OptionalTensor& labels_, const OptionalTensor& keep_,
        const OptionalTensor& temperatures_, double temperature, double entropy_temperature, int64_t vocab_size)
       : student(student_), teacher(teacher_), tau(temperature), t(entropy_temperature) {
-    TORCH_CHECK(student.dim() >= 1 && student.sizes().slice(0, student.dim() - 1) ==
-                    teacher.sizes().slice(0, teacher.dim() - 1), "student and teacher must have the same rows");
-    TORCH_CHECK(vocab_size >= 1 && vocab_size <= student.size(-1) && vocab_size <= teacher.size(-1),
-                "vocab_size ", vocab_size, " is outside the logits' last dimension");
+    TORCH_CHECK(student.dim() >= 1 &&
+                    student.sizes().slice(0, student.dim() - 1) == teacher.sizes().slice(0, teacher.dim() - 1),
+                "student and teacher must have the same rows");
+    TORCH_CHECK(vocab_size >= 1 && vocab_size <= student.size(-1) && vocab_size <= teacher.size(-1), "vocab_size ",
+                vocab_size, " is outside the logits' last dimension");
     leading = student.sizes().slice(0, student.dim() - 1).vec();
     job.rows = c10::multiply_integers(leading);
     job.vocab_size = vocab_size;
@@ -151,8 +152,8 @@ struct Rows {
 // ---- row statistics ----------------------------------------------------------------------------------------------
 
 template <typename T>
-RowResult<double> finish_row(const Rows& rows, int64_t row, const RowState<double>& state, const Temperatures<double>& k,
-                             T* out) {
+RowResult<double> finish_row(const Rows& rows, int64_t row, const RowState<double>& state,
+                             const Temperatures<double>& k, T* out) {
   const RowResult<double> r = finish(state, k, rows.label_logit(row));
   const int64_t stride = rows.job.rows;
   out += row;
@@ -170,7 +171,8 @@ void compute_statistics(const Rows& rows, T* out) {
   visit_states<T>(rows.job, temperatures, [&](int64_t row, const RowState<double>& s) {
     const RowResult<double> r = finish_row(rows, row, s, temperatures.at(row), out);
     const double saved[] = {s.My, s.Mz, s.B0, s.D0, s.E0, s.F0};
-    for (int i = 0; i < 6; ++i) out[(kTeacherMax + i) * stride + row] = T(saved[i]);
+    for (int i = 0; i < 6; ++i)
+      out[(kTeacherMax + i) * stride + row] = T(saved[i]);
     if (!rows.job.temperature_slopes) return;
     out[kDivergenceSlope * stride + row] = r.divergence_slope;
     out[kStudentLseSlope * stride + row] = r.student_lse_slope;
@@ -181,8 +183,10 @@ Tensor row_statistics(EAKD_ROW_PARAMETERS, bool temperature_slopes) {
   Rows rows(EAKD_ROW_ARGUMENTS);
   rows.job.temperature_slopes = temperature_slopes;
   Tensor out = rows.new_statistics(temperature_slopes ? kNumStatisticsWithSlopes : kNumStatistics);
-  if (rows.is_double()) compute_statistics(rows, out.data_ptr<double>());
-  else compute_statistics(rows, out.data_ptr<float>());
+  if (rows.is_double())
+    compute_statistics(rows, out.data_ptr<double>());
+  else
+    compute_statistics(rows, out.data_ptr<float>());
   return out;
 }
 
@@ -196,8 +200,8 @@ void compute_gradient(const Rows& rows, const T* statistics, const T* const upst
     const auto saved = [&](Field field) { return double(statistics[field * stride + row]); };
     const auto g = [&](int i) { return upstream[i] == nullptr ? 0.0 : double(upstream[i][row]); };
     return gradient_basis<double>(saved(kTeacherMax), saved(kStudentMax), saved(kTeacherSum), saved(kStudentSum),
-                          saved(kStudentEntropySum), saved(kStudentHardSum), saved(kStudentEntropy),
-                          temperatures.at(row), g(0), g(1), g(2), g(3));
+                                  saved(kStudentEntropySum), saved(kStudentHardSum), saved(kStudentEntropy),
+                                  temperatures.at(row), g(0), g(1), g(2), g(3));
   });
 }
 
@@ -211,12 +215,15 @@ void row_gradient(EAKD_ROW_PARAMETERS, const Tensor& statistics, const OptionalT
     using T = decltype(zero);
     const OptionalTensor* given[4] = {&grad_divergence, &grad_student_entropy, &grad_student_lse, &grad_cross_entropy};
     const T* upstream[4];
-    for (int i = 0; i < 4; ++i) upstream[i] = rows.per_row<T>(*given[i], rows.options().dtype().toScalarType(), holders[i]);
+    for (int i = 0; i < 4; ++i)
+      upstream[i] = rows.per_row<T>(*given[i], rows.options().dtype().toScalarType(), holders[i]);
     const Tensor saved = statistics.contiguous();
     compute_gradient<T>(rows, saved.const_data_ptr<T>(), upstream);
   };
-  if (rows.is_double()) run(double());
-  else run(float());
+  if (rows.is_double())
+    run(double());
+  else
+    run(float());
 }
 
 // ---- one pass ----------------------------------------------------------------------------------------------------
@@ -234,7 +241,8 @@ double compute_loss(const Rows& rows, const LossRule& rule, const T* weights, do
                                   loss.divergence_factor * scale, 0, 0, rule.ce_weight * scale);
   });
   double total = 0;  // in row order, so that the sum does not depend on the threads
-  for (int64_t row = 0; row < job.rows; ++row) total += out[kLoss * job.rows + row];
+  for (int64_t row = 0; row < job.rows; ++row)
+    total += out[kLoss * job.rows + row];
   return total * scale;
 }
 
@@ -244,7 +252,8 @@ std::tuple<Tensor, Tensor> one_pass(EAKD_ROW_PARAMETERS, const OptionalTensor& w
                                     const Tensor& gradient) {
   Rows rows(EAKD_ROW_ARGUMENTS);
   rows.set_gradient(gradient);
-  const LossRule rule{static_cast<Weighting>(weighting), tau_squared, entropy_bound, weight_scale, kd_weight, ce_weight};
+  const LossRule rule{
+      static_cast<Weighting>(weighting), tau_squared, entropy_bound, weight_scale, kd_weight, ce_weight};
   if (denominator.has_value()) scale /= denominator->item<double>();
   Tensor out = rows.new_statistics(kNumLossStatistics), loss = at::empty({}, rows.options()), holder;
   const auto run = [&](auto zero) {
@@ -252,8 +261,10 @@ std::tuple<Tensor, Tensor> one_pass(EAKD_ROW_PARAMETERS, const OptionalTensor& w
     const T* given = rows.per_row<T>(weights, rows.options().dtype().toScalarType(), holder);
     *loss.data_ptr<T>() = T(compute_loss<T>(rows, rule, given, scale, out.data_ptr<T>()));
   };
-  if (rows.is_double()) run(double());
-  else run(float());
+  if (rows.is_double())
+    run(double());
+  else
+    run(float());
   return {loss, out};
 }
 
@@ -263,9 +274,11 @@ std::tuple<Tensor, Tensor> one_pass(EAKD_ROW_PARAMETERS, const OptionalTensor& w
 
 TORCH_LIBRARY(eakd_cpu, m) {
   m.def("row_statistics(" EAKD_ROW_SCHEMA "bool temperature_slopes) -> Tensor");
-  m.def("row_gradient(" EAKD_ROW_SCHEMA "Tensor statistics, Tensor? grad_divergence, Tensor? grad_student_entropy, "
+  m.def("row_gradient(" EAKD_ROW_SCHEMA
+        "Tensor statistics, Tensor? grad_divergence, Tensor? grad_student_entropy, "
         "Tensor? grad_student_lse, Tensor? grad_cross_entropy, Tensor(a!) gradient) -> ()");
-  m.def("one_pass(" EAKD_ROW_SCHEMA "Tensor? weights, int weighting, float entropy_bound, float weight_scale, "
+  m.def("one_pass(" EAKD_ROW_SCHEMA
+        "Tensor? weights, int weighting, float entropy_bound, float weight_scale, "
         "bool tau_squared, float kd_weight, float ce_weight, float scale, Tensor? denominator, "
         "Tensor(a!) gradient) -> (Tensor, Tensor)");
 }

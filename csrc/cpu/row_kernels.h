@@ -28,9 +28,9 @@ struct LogitsView {
 struct RowJob {
   LogitsView student, teacher, gradient;
   int64_t rows = 0, vocab_size = 0, gradient_columns = 0;  // columns past vocab_size get gradient 0
-  const int64_t* labels = nullptr;  // [rows]; null: no cross-entropy
-  const bool* keep = nullptr;       // [rows]; null: all
-  bool temperature_slopes = false;  // fill B1, D1, Bbd
+  const int64_t* labels = nullptr;                         // [rows]; null: no cross-entropy
+  const bool* keep = nullptr;                              // [rows]; null: all
+  bool temperature_slopes = false;                         // fill B1, D1, Bbd
   bool gradient_over_student = false;
   bool gradient_past_caches = false;  // too large to be in the cache when somebody reads it
 

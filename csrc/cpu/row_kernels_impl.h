@@ -14,12 +14,16 @@ constexpr int64_t kBlock = kTermsPerLane * kLanes;
 static_assert(kBlock >= kSmallestBlock && kSegment % kBlock == 0, "blocks divide segments");
 
 // With room for the padding behind a last partial vector.
-template <typename T> struct Block { alignas(64) T values[kBlock + kLanes]; };
+template <typename T>
+struct Block {
+  alignas(64) T values[kBlock + kLanes];
+};
 
 // ---- storage <-> blocks ----------------------------------------------------------------------------------------
 
 // n columns as T, padded with -inf; returns their maximum, which drops NaN (the sums keep it).
-template <typename T, typename S> T load_columns(const S* from, int64_t stride, int64_t n, T* to) {
+template <typename T, typename S>
+T load_columns(const S* from, int64_t stride, int64_t n, T* to) {
   Vec<T> m = splat(-T(INFINITY));
   const auto convert = [&](const S* lanes, int64_t i) {
     const Vec<T> v = load_as<T>(lanes);
@@ -27,40 +31,48 @@ template <typename T, typename S> T load_columns(const S* from, int64_t stride, 
     store(to + i, v);
   };
   if (stride == 1 && n >= kLanes) {
-    for (int64_t i = 0; i + kLanes <= n; i += kLanes) convert(from + i, i);
+    for (int64_t i = 0; i + kLanes <= n; i += kLanes)
+      convert(from + i, i);
     if (n % kLanes != 0) convert(from + n - kLanes, n - kLanes);  // overlaps the last whole vector
     store(to + n, splat(-T(INFINITY)));
     return max<T>(m);
   }
   for (int64_t i = 0; i < n; i += kLanes) {
     S lanes[kLanes];
-    for (int l = 0; l < kLanes; ++l) lanes[l] = from[(i + l < n ? i + l : n - 1) * stride];
+    for (int l = 0; l < kLanes; ++l)
+      lanes[l] = from[(i + l < n ? i + l : n - 1) * stride];
     convert(lanes, i);
   }
   store(to + n, splat(-T(INFINITY)));
   return max<T>(m);
 }
 
-template <typename T, typename S> void store_columns(const T* from, int64_t stride, int64_t n, S* to, bool past_caches) {
+template <typename T, typename S>
+void store_columns(const T* from, int64_t stride, int64_t n, S* to, bool past_caches) {
   if (past_caches && stride == 1 && n % kLanes == 0 && (uintptr_t)to % (kLanes * sizeof(S)) == 0) {
-    for (int64_t i = 0; i < n; i += kLanes) store_as<T, true>(to + i, load(from + i));
+    for (int64_t i = 0; i < n; i += kLanes)
+      store_as<T, true>(to + i, load(from + i));
     return;
   }
   if (stride == 1 && n >= kLanes) {
-    for (int64_t i = 0; i + kLanes <= n; i += kLanes) store_as<T>(to + i, load(from + i));
+    for (int64_t i = 0; i + kLanes <= n; i += kLanes)
+      store_as<T>(to + i, load(from + i));
     if (n % kLanes != 0) store_as<T>(to + n - kLanes, load(from + n - kLanes));
     return;
   }
   for (int64_t i = 0; i < n; i += kLanes) {
     S lanes[kLanes];
     store_as<T>(lanes, load(from + i));
-    for (int l = 0; l < kLanes && i + l < n; ++l) to[(i + l) * stride] = lanes[l];
+    for (int l = 0; l < kLanes && i + l < n; ++l)
+      to[(i + l) * stride] = lanes[l];
   }
 }
 
-template <typename T> constexpr Storage native = sizeof(T) == 8 ? Storage::kDouble : Storage::kFloat;
+template <typename T>
+constexpr Storage native = sizeof(T) == 8 ? Storage::kDouble : Storage::kFloat;
 
-template <typename T> struct Columns {
+template <typename T>
+struct Columns {
   const T* values;
   T max;
 };
@@ -83,8 +95,7 @@ Columns<T> load_block(const LogitsView& v, const char* row, int64_t column, int6
     case Storage::kBFloat16: return {scratch, load_columns<T>((const BFloat16*)p, v.vocab_stride, n, scratch)};
     case Storage::kHalf: return {scratch, load_columns<T>((const Half*)p, v.vocab_stride, n, scratch)};
     case Storage::kDouble:
-      if constexpr (sizeof(T) == 8)
-        return {scratch, load_columns<T>((const double*)p, v.vocab_stride, n, scratch)};
+      if constexpr (sizeof(T) == 8) return {scratch, load_columns<T>((const double*)p, v.vocab_stride, n, scratch)};
   }
   return {};
 }
@@ -119,7 +130,10 @@ void store_block(const LogitsView& v, char* row, int64_t column, int64_t n, cons
 
 // ---- statistics ------------------------------------------------------------------------------------------------
 
-template <typename T> T centre(double m) { return m == -INFINITY ? T(0) : T(m); }
+template <typename T>
+T centre(double m) {
+  return m == -INFINITY ? T(0) : T(m);
+}
 
 // The sums of one block at both temperatures. With tau = T0/P and t = T0/Q for small integers, one exponential
 // u = 2^x, x = (y - My) log2(e)/T0, gives 2^b = u^P and 2^a = u^Q. P = Q = 0: no such ratio, two exponentials.
@@ -159,9 +173,11 @@ void add_block_sums(RowState<double>& s, const T* y, const T* z, int64_t n, cons
   s.A0 = shared && P == Q ? s.B0 : sum<T>(A0), s.E0 = shared && P == Q ? s.D0 : sum<T>(E0);
 }
 
-template <typename T> double block_hard_sum(const T* z, int64_t n, T mz) {
+template <typename T>
+double block_hard_sum(const T* z, int64_t n, T mz) {
   Vec<T> F0{};
-  for (int64_t i = 0; i < n; i += kLanes) F0 += exp2_any<T>((load(z + i) - mz) * T(kLog2E));
+  for (int64_t i = 0; i < n; i += kLanes)
+    F0 += exp2_any<T>((load(z + i) - mz) * T(kLog2E));
   return sum<T>(F0);
 }
 
@@ -179,14 +195,19 @@ void add_block_slopes(RowState<double>& s, const T* y, const T* z, int64_t n, co
   s.B1 = sum<T>(B1), s.D1 = sum<T>(D1), s.Bbd = sum<T>(Bbd);
 }
 
-template <typename T> 
+template <typename T>
 using SumBlock = void (*)(RowState<double>&, const T*, const T*, int64_t, const Temperatures<double>&, T*, T*,
                           const Ahead&);
 
 // The cheapest way to both temperatures: the first pair with P tau = Q t.
-template <typename T> SumBlock<T> sum_block_for(const Temperatures<double>& k) {
-  struct Ratio { int P, Q; SumBlock<T> sum; };
-#define EAKD_RATIO(P, Q) {P, Q, add_block_sums<T, P, Q>}
+template <typename T>
+SumBlock<T> sum_block_for(const Temperatures<double>& k) {
+  struct Ratio {
+    int P, Q;
+    SumBlock<T> sum;
+  };
+#define EAKD_RATIO(P, Q) \
+  { P, Q, add_block_sums<T, P, Q> }
   static constexpr Ratio ratios[] = {EAKD_RATIO(1, 1), EAKD_RATIO(2, 1), EAKD_RATIO(3, 1), EAKD_RATIO(4, 1),
                                      EAKD_RATIO(1, 2), EAKD_RATIO(1, 3), EAKD_RATIO(1, 4), EAKD_RATIO(3, 2),
                                      EAKD_RATIO(2, 3), EAKD_RATIO(3, 4), EAKD_RATIO(4, 3)};
@@ -231,8 +252,10 @@ RowState<double> segment_state(const RowJob& job, const RowPair& row, const Temp
     if (job.labels != nullptr)
       block.F0 = k.tau == 1 ? block.D0 : k.t == 1 ? block.E0 : block_hard_sum(z.values, n, centre<T>(block.Mz));
     if (job.temperature_slopes) add_block_slopes(block, y.values, z.values, n, k);
-    if (b == 0) state = block;
-    else state.merge(block, k);
+    if (b == 0)
+      state = block;
+    else
+      state.merge(block, k);
   }
   return state;
 }

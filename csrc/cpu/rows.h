@@ -27,9 +27,7 @@ class RowTemperatures {
   Temperatures<double> all_;
 };
 
-inline bool shares_segments(const RowJob& job) {
-  return job.segments() > 1 && job.rows < 4 * at::get_num_threads();
-}
+inline bool shares_segments(const RowJob& job) { return job.segments() > 1 && job.rows < 4 * at::get_num_threads(); }
 
 // Rows a task: enough columns to outweigh waking a thread.
 inline int64_t row_grain(const RowJob& job) {
@@ -69,17 +67,19 @@ class KeptRow {
 
 template <typename T>
 RowState<double> row_state(const RowJob& job, const RowPair& pair, const Temperatures<double>& k,
-                      const KeptExponentials<T>* kept = nullptr) {
+                           const KeptExponentials<T>* kept = nullptr) {
   const RowKernels<T>& kernels = row_kernels<T>();
   RowState<double> state = kernels.segment_state(job, pair, k, 0, kept);
-  for (int64_t s = 1; s < job.segments(); ++s) state.merge(kernels.segment_state(job, pair, k, s, kept), k);
+  for (int64_t s = 1; s < job.segments(); ++s)
+    state.merge(kernels.segment_state(job, pair, k, s, kept), k);
   return state;
 }
 
 template <typename T>
 void write_gradient_row(const RowJob& job, const RowPair& pair, const Temperatures<double>& k,
                         const GradientBasis<double>& basis, const KeptExponentials<T>* kept = nullptr) {
-  for (int64_t s = job.segments() - 1; s >= 0; --s) row_kernels<T>().segment_gradient(job, pair, k, basis, s, kept);
+  for (int64_t s = job.segments() - 1; s >= 0; --s)
+    row_kernels<T>().segment_gradient(job, pair, k, basis, s, kept);
 }
 
 // visit(row, state) for every row kept. The states do not depend on the number of threads: segments are merged in
@@ -108,7 +108,8 @@ void visit_states(const RowJob& job, const RowTemperatures& temperatures, const 
   for (int64_t row = 0; row < job.rows; ++row) {
     if (!job.kept(row)) continue;
     RowState<double> state = states[row * segments];
-    for (int64_t s = 1; s < segments; ++s) state.merge(states[row * segments + s], temperatures.at(row));
+    for (int64_t s = 1; s < segments; ++s)
+      state.merge(states[row * segments + s], temperatures.at(row));
     visit(row, state);
   }
 }
@@ -117,7 +118,8 @@ inline void zero_columns(const LogitsView& v, int64_t row, int64_t begin, int64_
   if (v.vocab_stride == 1) {
     memset(v.at(row, begin), 0, (end - begin) * v.item_bytes);
   } else {
-    for (int64_t j = begin; j < end; ++j) memset(v.at(row, j), 0, v.item_bytes);
+    for (int64_t j = begin; j < end; ++j)
+      memset(v.at(row, j), 0, v.item_bytes);
   }
 }
 
@@ -143,8 +145,10 @@ void write_gradient(const RowJob& job, const RowTemperatures& temperatures, cons
       if (!job.kept(row)) continue;
       const RowPair pair(job, row);
       const Temperatures<double> k = temperatures.at(row);
-      if (segments > 1) row_kernels<T>().segment_gradient(job, pair, k, basis_of(row), i % segments, nullptr);
-      else write_gradient_row<T>(job, pair, k, basis_of(row));
+      if (segments > 1)
+        row_kernels<T>().segment_gradient(job, pair, k, basis_of(row), i % segments, nullptr);
+      else
+        write_gradient_row<T>(job, pair, k, basis_of(row));
     }
   });
 }

@@ -13,10 +13,14 @@
 namespace eakd {
 namespace {
 
-template <typename T> struct VectorOf;
+template <typename T>
+struct VectorOf;
 #define EAKD_VECTOR(T, NAME) \
   typedef T NAME __attribute__((vector_size(EAKD_VECTOR_BYTES / 4 * sizeof(T)))); \
-  template <> struct VectorOf<T> { using type = NAME; };
+  template <> \
+  struct VectorOf<T> { \
+    using type = NAME; \
+  };
 // Every type has as many lanes as fit floats into one register; doubles take two registers.
 EAKD_VECTOR(float, VecF)
 EAKD_VECTOR(double, VecD)
@@ -24,27 +28,37 @@ EAKD_VECTOR(int32_t, VecI)
 EAKD_VECTOR(uint32_t, VecU)
 EAKD_VECTOR(uint16_t, VecH)
 #undef EAKD_VECTOR
-template <typename T> using Vec = typename VectorOf<T>::type;
+template <typename T>
+using Vec = typename VectorOf<T>::type;
 
 constexpr int kLanes = EAKD_VECTOR_BYTES / 4;
 constexpr int64_t round_up_to_lanes(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
 
-template <typename T> inline Vec<T> load(const T* p) {
+template <typename T>
+inline Vec<T> load(const T* p) {
   Vec<T> v;
   std::memcpy(&v, p, sizeof v);
   return v;
 }
-template <typename T> inline void store(T* p, Vec<T> v) { std::memcpy(p, &v, sizeof v); }
-template <typename To, typename From> inline To bits(From v) {
+template <typename T>
+inline void store(T* p, Vec<T> v) {
+  std::memcpy(p, &v, sizeof v);
+}
+template <typename To, typename From>
+inline To bits(From v) {
   static_assert(sizeof(To) == sizeof(From), "same size");
   To out;
   std::memcpy(&out, &v, sizeof out);
   return out;
 }
-template <typename T> inline Vec<T> splat(T x) { return Vec<T>{} + x; }
+template <typename T>
+inline Vec<T> splat(T x) {
+  return Vec<T>{} + x;
+}
 
 // a > b ? a : b, which is b where either is NaN. One instruction that compilers do not make of the comparison.
-template <typename V> inline V larger(V a, V b) {
+template <typename V>
+inline V larger(V a, V b) {
 #if defined(__x86_64__)
   if constexpr (std::is_same_v<V, VecF>) {
 #if EAKD_VECTOR_BYTES == 64
@@ -60,7 +74,8 @@ template <typename V> inline V larger(V a, V b) {
 }
 
 // Halves are combined until one lane is left.
-template <typename V, int N> struct HalfOf {
+template <typename V, int N>
+struct HalfOf {
   typedef std::remove_cv_t<std::remove_reference_t<decltype(V{}[0])>> T;
   typedef T Half __attribute__((vector_size(N / 2 * sizeof(T))));
   Half low, high;
@@ -69,37 +84,50 @@ template <typename V, int N> struct HalfOf {
     std::memcpy(&high, reinterpret_cast<const char*>(&v) + sizeof low, sizeof high);
   }
 };
-template <int N = kLanes, typename V> inline double sum_lanes(V v) {
+template <int N = kLanes, typename V>
+inline double sum_lanes(V v) {
   const HalfOf<V, N> halves(v);
-  if constexpr (N == 2) return halves.low[0] + halves.high[0];
-  else return sum_lanes<N / 2>(halves.low + halves.high);
+  if constexpr (N == 2)
+    return halves.low[0] + halves.high[0];
+  else
+    return sum_lanes<N / 2>(halves.low + halves.high);
 }
 // In double: a block's sum is then as good as its lanes.
-template <typename T> inline double sum(Vec<T> v) {
+template <typename T>
+inline double sum(Vec<T> v) {
   const HalfOf<Vec<T>, kLanes> halves(v);
   typedef double Doubles __attribute__((vector_size(kLanes / 2 * sizeof(double))));
   return sum_lanes<kLanes / 2>(__builtin_convertvector(halves.low, Doubles) +
                                __builtin_convertvector(halves.high, Doubles));
 }
-template <typename T, int N = kLanes, typename V = Vec<T>> inline T max(V v) {
+template <typename T, int N = kLanes, typename V = Vec<T>>
+inline T max(V v) {
   const HalfOf<V, N> halves(v);
   const auto larger_half = halves.low > halves.high ? halves.low : halves.high;
-  if constexpr (N == 2) return larger_half[0];
-  else return max<T, N / 2>(larger_half);
+  if constexpr (N == 2)
+    return larger_half[0];
+  else
+    return max<T, N / 2>(larger_half);
 }
 
 // The exponent below which 2^x counts as 0. Also the floor to which x is raised before a product 2^x * x, so that
 // x = -inf gives 0 * floor and not 0 * (-inf).
 #if defined(__x86_64__) && EAKD_VECTOR_BYTES == 64
 #define EAKD_HAS_SCALEF 1
-template <typename T> constexpr T kExp2Floor = T(-200);  // vscalefps goes below the smallest subnormal by itself
+template <typename T>
+constexpr T kExp2Floor = T(-200);  // vscalefps goes below the smallest subnormal by itself
 #else
 #define EAKD_HAS_SCALEF 0
-template <typename T> constexpr T kExp2Floor = T(-126);
+template <typename T>
+constexpr T kExp2Floor = T(-126);
 #endif
-template <> constexpr double kExp2Floor<double> = -1100;
+template <>
+constexpr double kExp2Floor<double> = -1100;
 
-template <typename V, typename T> inline V raise_to(V x, T floor) { return larger(V{} + floor, x); }  // keeps NaN
+template <typename V, typename T>
+inline V raise_to(V x, T floor) {
+  return larger(V{} + floor, x);
+}  // keeps NaN
 
 // 2^x for floor <= x < 128; 0 at the floor, NaN for NaN. x = n + f with an integer n and |f| <= 1/2, and a minimax
 // polynomial of degree 6 for 2^f, 2e-9 before rounding.
@@ -127,22 +155,35 @@ inline VecF exp2_from_floor(VecF x) {
 #endif
 inline VecD exp2_from_floor(VecD x) {
   VecD y;
-  for (int i = 0; i < kLanes; ++i) y[i] = __builtin_exp2(x[i]);
+  for (int i = 0; i < kLanes; ++i)
+    y[i] = __builtin_exp2(x[i]);
   return y;
 }
-template <typename T> inline Vec<T> exp2_any(Vec<T> x) { return exp2_from_floor(raise_to(x, kExp2Floor<T>)); }
+template <typename T>
+inline Vec<T> exp2_any(Vec<T> x) {
+  return exp2_from_floor(raise_to(x, kExp2Floor<T>));
+}
 
 // v^N for the small N of a temperature ratio.
-template <int N, typename V> inline V power(V v) {
-  if constexpr (N == 1) return v;
-  else if constexpr (N % 2 == 0) { const V half = power<N / 2>(v); return half * half; }
-  else return power<N - 1>(v) * v;
+template <int N, typename V>
+inline V power(V v) {
+  if constexpr (N == 1)
+    return v;
+  else if constexpr (N % 2 == 0) {
+    const V half = power<N / 2>(v);
+    return half * half;
+  } else
+    return power<N - 1>(v) * v;
 }
 
 // ---- storage types ---------------------------------------------------------------------------------------------
 
-struct BFloat16 { uint16_t raw; };
-struct Half { uint16_t raw; };
+struct BFloat16 {
+  uint16_t raw;
+};
+struct Half {
+  uint16_t raw;
+};
 
 inline VecU widen(const void* p) {
   VecH raw;
@@ -181,13 +222,26 @@ inline VecH to_half(VecF v) {
 
 // Past the caches: a large gradient would first be read into them to be overwritten, and push out what is in use.
 // `p` is aligned to the bytes written; stream_fence() before another thread may look.
-template <typename T> inline void stream(T* p, Vec<T> v) {
+template <typename T>
+inline void stream(T* p, Vec<T> v) {
 #if EAKD_VECTOR_BYTES == 64
-  if constexpr (sizeof v == 64) { _mm512_stream_si512((__m512i*)p, bits<__m512i>(v)); return; }
-  if constexpr (sizeof v == 32) { _mm256_stream_si256((__m256i*)p, bits<__m256i>(v)); return; }
+  if constexpr (sizeof v == 64) {
+    _mm512_stream_si512((__m512i*)p, bits<__m512i>(v));
+    return;
+  }
+  if constexpr (sizeof v == 32) {
+    _mm256_stream_si256((__m256i*)p, bits<__m256i>(v));
+    return;
+  }
 #elif EAKD_VECTOR_BYTES == 32
-  if constexpr (sizeof v == 32) { _mm256_stream_si256((__m256i*)p, bits<__m256i>(v)); return; }
-  if constexpr (sizeof v == 16) { _mm_stream_si128((__m128i*)p, bits<__m128i>(v)); return; }
+  if constexpr (sizeof v == 32) {
+    _mm256_stream_si256((__m256i*)p, bits<__m256i>(v));
+    return;
+  }
+  if constexpr (sizeof v == 16) {
+    _mm_stream_si128((__m128i*)p, bits<__m128i>(v));
+    return;
+  }
 #endif
   store(p, v);
 }
@@ -198,7 +252,8 @@ inline void stream_fence() {
 }
 
 // Storage type S to and from arithmetic type T.
-template <typename T, typename S> inline Vec<T> load_as(const S* p) {
+template <typename T, typename S>
+inline Vec<T> load_as(const S* p) {
   if constexpr (std::is_same_v<S, double>) {
     static_assert(std::is_same_v<T, double>, "fp64 logits are computed in fp64");
     return load(p);
@@ -206,15 +261,22 @@ template <typename T, typename S> inline Vec<T> load_as(const S* p) {
     return __builtin_convertvector(load_as_float(p), Vec<T>);
   }
 }
-template <typename T, bool kStream = false, typename S> inline void store_as(S* p, Vec<T> v) {
+template <typename T, bool kStream = false, typename S>
+inline void store_as(S* p, Vec<T> v) {
   const auto put = [](auto* to, auto value) {
-    if constexpr (kStream) stream(to, value);
-    else store(to, value);
+    if constexpr (kStream)
+      stream(to, value);
+    else
+      store(to, value);
   };
-  if constexpr (std::is_same_v<S, double>) put(p, __builtin_convertvector(v, VecD));
-  else if constexpr (std::is_same_v<S, float>) put(p, __builtin_convertvector(v, VecF));
-  else if constexpr (std::is_same_v<S, BFloat16>) put(&p->raw, to_bfloat16(__builtin_convertvector(v, VecF)));
-  else put(&p->raw, to_half(__builtin_convertvector(v, VecF)));
+  if constexpr (std::is_same_v<S, double>)
+    put(p, __builtin_convertvector(v, VecD));
+  else if constexpr (std::is_same_v<S, float>)
+    put(p, __builtin_convertvector(v, VecF));
+  else if constexpr (std::is_same_v<S, BFloat16>)
+    put(&p->raw, to_bfloat16(__builtin_convertvector(v, VecF)));
+  else
+    put(&p->raw, to_half(__builtin_convertvector(v, VecF)));
 }
 
 }  // namespace

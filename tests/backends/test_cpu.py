@@ -102,7 +102,9 @@ def test_stores_round_to_nearest_even(dtype):
     every = bits.view(dtype)
     every = every[every.isfinite()]
     # Loads: all finite values of the dtype, exactly; fp32 subnormals count as 0.
-    rows = ops.Rows(every[:, None].expand(-1, 2).contiguous(), torch.zeros(len(every), 2), None, None, None, 1.0, 1.0, 2)
+    rows = ops.Rows(
+        every[:, None].expand(-1, 2).contiguous(), torch.zeros(len(every), 2), None, None, None, 1.0, 1.0, 2
+    )
     saved = ops.row_statistics(*rows, False, "cpu")[7]  # the student's maximum
     exact = every.float()
     assert torch.equal(saved, exact.where(exact.abs() >= torch.finfo(torch.float32).smallest_normal, 0.0))
