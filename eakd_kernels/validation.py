@@ -94,10 +94,10 @@ def _check_per_row(name, tensor, leading, student, kind) -> None:
     if tensor is None:
         return
     if not torch.is_tensor(tensor):
-        raise TypeError(f"{name} must be a {kind} tensor, got {type(tensor).__name__}")
+        raise TypeError(f"{name} must be a tensor ({kind}), got {type(tensor).__name__}")
     right = tensor.is_floating_point() if kind == "floating-point" else tensor.dtype == getattr(torch, kind, None)
     if not right:
-        raise TypeError(f"{name} must be a {kind} tensor, got {tensor.dtype}")
+        raise TypeError(f"{name} must be {kind}, got {tensor.dtype}")
     if tensor.shape != leading:
         raise ValueError(f"{name} must have the logits' leading shape {tuple(leading)}, got {tuple(tensor.shape)}")
     _check_device(name, tensor, student)

@@ -41,9 +41,3 @@ def test_variables_table():
     rows = [f"| `{v.name}` | {v.read} | {v.meaning} |\n" for v in env.VARIABLES]
     table = "".join(["| variable | read at | |\n", "| --- | --- | --- |\n", *rows])
     assert between("variables") == table, f"paste:\n{table}"
-
-
-def test_benchmark_table_is_the_committed_measurement():
-    from benchmarks.report import latest_results, read, table
-
-    assert between("benchmark").strip() == table(read(latest_results())).strip()
