@@ -13,7 +13,7 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check --quiet
 CXX_SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/*.h csrc/cpu/*.cpp)
 
-.PHONY: demo test smoke bench lint format clean
+.PHONY: demo test smoke sanitize bench lint format clean
 
 demo: $(VENV)/.installed $(VENV)/.teacher
 	$(PY) examples/distill_lm.py --out out/demo
@@ -26,8 +26,16 @@ smoke: $(VENV)/.installed $(VENV)/.teacher
 	$(PY) examples/distill_lm.py --steps 3 --out out/smoke
 	$(PY) -m benchmarks --case CIFAR-100 --rounds 3
 
+# The C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer, built into a folder of their own. Leaks are not
+# looked for: Python and torch keep much until they exit.
+sanitize: $(VENV)/.installed
+	EAKD_SANITIZE=address,undefined $(PY) setup.py --quiet build --build-lib out/sanitize/lib --build-temp out/sanitize/tmp
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
+	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1 $(PY) -m pytest -o "pythonpath=out/sanitize/lib ." -m "not slow" \
+		tests/test_conformance.py tests/test_functional.py tests/test_edges.py tests/test_ops.py tests/backends/test_cpu.py
+
 bench: $(VENV)/.installed
-	$(PY) -m benchmarks --threads 2
+	$(PY) -m benchmarks --threads 2 --memory --out out/benchmarks
 
 lint: $(VENV)/.installed
 	$(PY) -m ruff check .

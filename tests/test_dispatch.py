@@ -1,6 +1,7 @@
 """Who runs, and what is said about it."""
 
 import logging
+import os
 import subprocess
 import sys
 
@@ -66,3 +67,9 @@ def test_without_the_extension_the_reference_runs():
 def test_environment_variables_are_all_in_one_place():
     names = [variable.name for variable in env.VARIABLES]
     assert len(set(names)) == len(names) and all(name.startswith("EAKD_") for name in names)
+
+
+@pytest.mark.skipif(os.environ.get("EAKD_NO_EXT") == "1", reason="EAKD_NO_EXT=1: an install without kernels")
+def test_the_kernels_are_there():
+    """Without them every test of theirs would be skipped, and nobody would notice."""
+    assert available_backends()["cpu"] is None
