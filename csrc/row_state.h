@@ -114,7 +114,8 @@ struct RowResult {
 };
 
 // A side that is -inf throughout has no distribution: its own statistics read 0. The divergence is 0 where the teacher
-// has no mass and +inf where only the student has none. NaN != 0, so NaN takes the ordinary formulas and stays NaN.
+// has no mass and +inf where only the student has none. NaN != 0, so NaN takes the ordinary formulas and stays NaN; the
+// products with the other side's sum keep a NaN that is there.
 template <typename T>
 EAKD_HD RowResult<T> finish(const RowState<T>& s, const Temperatures<T>& k, T label_logit) {
   const T ln2 = T(kLn2);
@@ -123,7 +124,7 @@ EAKD_HD RowResult<T> finish(const RowState<T>& s, const Temperatures<T>& k, T la
   r.student_entropy = s.E0 == 0 ? T(0) : ln(s.E0) - ln2 * (s.E1 / s.E0);
   r.teacher_lse = s.B0 == 0 ? T(0) : s.My / k.tau + ln(s.B0);
   r.student_lse = s.D0 == 0 ? T(0) : s.Mz / k.tau + ln(s.D0);
-  r.divergence = s.B0 == 0 ? T(0) : s.D0 == 0 ? T(INFINITY) : ln2 * (s.Bd / s.B0) + ln(s.D0 / s.B0);
+  r.divergence = s.B0 == 0 ? T(0) * s.D0 : s.D0 == 0 ? T(INFINITY) * s.B0 : ln2 * (s.Bd / s.B0) + ln(s.D0 / s.B0);
   r.cross_entropy = s.F0 == 0 ? T(0) : (s.Mz - label_logit) + ln(s.F0);
   // d lse_S/dtau = -E_q[z]/tau^2,  dD/dtau = -(E_q[z] - E_p[z] + Cov_p(y, y - z)/tau)/tau^2, in centred exponents
   const T mean_d = s.D1 / s.D0, mean_bd = s.Bd / s.B0, mean_b = s.B1 / s.B0;

@@ -101,6 +101,18 @@ def _row_gradient(*arguments) -> Tensor:
     return gradient
 
 
+def _save(ctx, *tensors: Tensor | None) -> None:
+    """save_for_backward, which refuses what torch.inference_mode() made: a teacher's logits, most likely."""
+    ctx.unsaved = {}
+    if not torch.compiler.is_compiling():
+        ctx.unsaved = {i: tensor for i, tensor in enumerate(tensors) if tensor is not None and tensor.is_inference()}
+    ctx.save_for_backward(*(None if i in ctx.unsaved else tensor for i, tensor in enumerate(tensors)))
+
+
+def _saved(ctx) -> tuple[Tensor | None, ...]:
+    return tuple(ctx.unsaved.get(i, tensor) for i, tensor in enumerate(ctx.saved_tensors))
+
+
 class RowStatistics(Function):
     """(divergence, teacher_entropy, student_entropy, teacher_lse, student_lse, cross_entropy), each [...].
 
@@ -114,7 +126,7 @@ class RowStatistics(Function):
         *rows, ctx.inplace, ctx.backend = arguments
         slopes = ctx.needs_input_grad[_TEMPERATURES]
         statistics = ops.row_statistics(*rows, slopes, ctx.backend)
-        ctx.save_for_backward(*rows[:_NUM_TENSORS], statistics)
+        _save(ctx, *rows[:_NUM_TENSORS], statistics)
         ctx.constants = rows[_NUM_TENSORS:]
         ctx.set_materialize_grads(False)
         fields = statistics.unbind(0)[: len(PUBLIC_FIELDS)]
@@ -123,7 +135,7 @@ class RowStatistics(Function):
 
     @staticmethod
     def backward(ctx, g_divergence, _g_teacher_entropy, g_entropy, _g_teacher_lse, g_lse, g_hard):
-        *tensors, statistics = ctx.saved_tensors
+        *tensors, statistics = _saved(ctx)
         rows = Rows(*tensors, *ctx.constants)
         grads = [None] * (_NUM_ROWS + 2)
         if ctx.needs_input_grad[_TEMPERATURES]:

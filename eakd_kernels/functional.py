@@ -78,8 +78,9 @@ def ea_kd_loss(
         vocab_size: use the first V columns only, without a copy; the others get gradient 0. For logits of different
             or padded widths.
         process_group: not in this version.
-        inplace_gradient: the gradient takes the student logits' storage. Whoever needs the logits afterwards gets
-            an error from autograd, not wrong values. Refused for leaves.
+        inplace_gradient: the gradient takes the student logits' storage, from this call on or in backward: do not
+            read the logits after the call. What saved them before it gets an error from autograd, not wrong values.
+            Refused for leaves that require grad, views of such, and logits that share memory with the teacher's.
         return_stats: return (loss, RowStats), all detached.
         backend: "auto", "reference", "cpu", "triton" or "cuda". One asked for by name runs or raises.
 
@@ -240,9 +241,9 @@ def _scale(problem: Problem, options) -> tuple[float, Tensor | None]:
     """The loss is scale / denominator * sum over rows; counts that live on the device stay there."""
     student, keep = problem.rows.student_logits, problem.rows.keep
     if torch.is_tensor(options.num_items):
-        return 1.0, options.num_items.to(student.device)
+        return 1.0, options.num_items.detach().to(student.device)
     if options.num_items is not None:
-        return 1.0 / options.num_items, None
+        return 1.0 / float(options.num_items), None
     if options.reduction == "sum":
         return 1.0, None
     if keep is not None:
@@ -254,4 +255,4 @@ def _reduce(loss: Tensor, problem: Problem, options) -> Tensor:
     if options.reduction == "none":
         return loss
     scale, denominator = _scale(problem, options)
-    return loss.sum() * scale if denominator is None else loss.sum() / denominator
+    return loss.sum() * scale if denominator is None else loss.sum() / denominator.to(loss.dtype)

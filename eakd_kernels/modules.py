@@ -13,7 +13,8 @@ class EAKDLoss(nn.Module):
 
     Takes the options of `ea_kd_loss`, and checks them when it is made. Those that differ from call to call (mask,
     num_items, ...) can be given to the call, where they replace the module's. Tensors move with `.to(device)`; a
-    `temperature` that is an nn.Parameter is a parameter of the module (CTKD).
+    `temperature` that is an nn.Parameter is a parameter of the module (CTKD), a `weighting` that is an nn.Module a
+    submodule.
     """
 
     @takes_options(ea_kd_loss)
@@ -24,7 +25,9 @@ class EAKDLoss(nn.Module):
         for name, value in options.items():
             if isinstance(value, nn.Parameter):
                 self.register_parameter(name, value)
-            elif torch.is_tensor(value):
+            elif isinstance(value, nn.Module):  # a weighting that learns
+                self.add_module(name, value)
+            elif torch.is_tensor(value) and name != "num_items" and not value.requires_grad:
                 self.register_buffer(name, value, persistent=False)
             else:
                 self._constants[name] = value
@@ -33,7 +36,7 @@ class EAKDLoss(nn.Module):
         self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor | None = None, **options
     ) -> Tensor | tuple[Tensor, RowStats]:
         check_keywords(options, keyword_names(ea_kd_loss), f"{type(self).__name__}()")
-        kept = {**self._constants, **self._parameters, **self._buffers}
+        kept = {**self._constants, **self._parameters, **self._buffers, **self._modules}
         return ea_kd_loss(student_logits, teacher_logits, labels, **{**kept, **options})
 
     def extra_repr(self) -> str:

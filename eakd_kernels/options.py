@@ -8,6 +8,7 @@ import difflib
 import functools
 import inspect
 import math
+import numbers
 from dataclasses import fields, make_dataclass
 
 import torch
@@ -16,6 +17,8 @@ from . import divergences, weighting
 
 REDUCTIONS = ("mean", "sum", "none")
 WEIGHT_NORMS = ("none", "mean", "bound")
+# Beyond it log2(e)/temperature leaves fp32.
+_LARGEST_TEMPERATURE = 1e30
 # Divergences of the design that this version does not have yet; naming them beats "unknown".
 _LATER_DIVERGENCES = ("reverse_kl", "jeffreys")
 
@@ -127,10 +130,10 @@ class _Checked:
 
     def _check_temperatures(self):
         if not torch.is_tensor(self.temperature):
-            _check_number("temperature", self.temperature, above=0)
+            _check_number("temperature", self.temperature, above=0, below=_LARGEST_TEMPERATURE)
         elif not self.temperature.is_floating_point():
             raise TypeError(f"temperature must be a float or a floating-point tensor, got {self.temperature.dtype}")
-        _check_number("entropy_temperature", self.entropy_temperature, above=0)
+        _check_number("entropy_temperature", self.entropy_temperature, above=0, below=_LARGEST_TEMPERATURE)
 
     def _check_numbers(self):
         if self.entropy_bound is not None:
@@ -156,7 +159,7 @@ def _kind(value) -> str:
 
 def _is_int(value) -> bool:
     # torch.compile(dynamic=True) makes sizes symbolic
-    return isinstance(value, int | torch.SymInt) and not isinstance(value, bool)
+    return isinstance(value, int | torch.SymInt | numbers.Integral) and not isinstance(value, bool)
 
 
 def _check_choice(name, value, known, more="") -> None:
@@ -167,10 +170,18 @@ def _check_choice(name, value, known, more="") -> None:
         )
 
 
-def _check_number(name, value, *, above=None, at_least=None) -> None:
-    low, wanted = (above, f"> {above}") if at_least is None else (at_least, f">= {at_least}")
-    if not isinstance(value, int | float | torch.SymInt | torch.SymFloat) or isinstance(value, bool):
+def _is_real(value) -> bool:
+    # numbers.Real has NumPy's scalars, and costs more to ask
+    number = isinstance(value, int | float | torch.SymInt | torch.SymFloat) or isinstance(value, numbers.Real)
+    return number and not isinstance(value, bool)
+
+
+def _check_number(name, value, *, above=None, at_least=None, below=math.inf) -> None:
+    # Comparisons only, false for NaN, and text only for errors: torch.compile(dynamic=True) makes numbers symbolic.
+    if _is_real(value) and (value >= at_least if above is None else value > above) and value < below:
+        return
+    wanted = f">= {at_least}" if above is None else f"> {above}"
+    if not _is_real(value):
         raise TypeError(f"{name} must be a number {wanted}, got {_kind(value)}")
-    # Comparisons only, false for NaN: torch.compile(dynamic=True) makes numbers symbolic.
-    if not ((value > low or value == at_least) and value < math.inf):
-        raise ValueError(f"{name} must be a finite number {wanted}, got {value!r}")
+    limit = "" if below == math.inf else f" and < {below:g}"
+    raise ValueError(f"{name} must be a finite number {wanted}{limit}, got {value!r}")

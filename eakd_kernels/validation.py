@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from . import dispatch
-from .ops import Rows
+from .ops import Rows, statistics_dtype
 
 _LOGIT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -30,14 +30,18 @@ def validate(student: Tensor, teacher: Tensor, labels: Tensor | None, options, w
     if torch.is_tensor(options.num_items) and options.num_items.is_complex():
         raise TypeError(f"num_items must be a real number, got {options.num_items.dtype}")
     temperatures = _check_temperature(options.temperature, leading, student)
+    if temperatures is not None:
+        # Once, before it branches: the terms of its gradient cancel, and are not to be rounded apart.
+        temperatures = temperatures.to(statistics_dtype(student, teacher))
     if options.ce_weight != 0 and labels is None:
         raise ValueError(f"ce_weight={options.ce_weight} needs labels, got None; pass labels or ce_weight=0")
     if options.inplace_gradient:
-        _check_inplace(student)
-    keep = _rows_kept(labels, options)
+        _check_inplace(student, teacher)
+    labels, temperatures = _ordinary(labels), _ordinary(temperatures)
+    keep = _ordinary(_rows_kept(labels, options))
     _check_values(labels if wants_cross_entropy else None, keep, temperatures, options, vocab_size)
     backend = dispatch.resolve(options.backend, student.device.type, student.dtype, teacher.dtype)
-    if temperatures is not None and keep is not None and temperatures.dim() > 0:
+    if temperatures is not None and keep is not None and temperatures.shape == leading:
         temperatures = torch.where(keep, temperatures, 1.0)  # a row left out may hold anything
     rows = Rows(
         student,
@@ -115,11 +119,25 @@ def _check_temperature(temperature, leading, student) -> Tensor | None:
     return temperature
 
 
-def _check_inplace(student) -> None:
-    if student.requires_grad and student.is_leaf:
+def _ordinary(tensor: Tensor | None) -> Tensor | None:
+    """A tensor [rows] that autograd can save: what torch.inference_mode() made, it cannot."""
+    if tensor is None or torch.compiler.is_compiling() or not tensor.is_inference():
+        return tensor
+    return tensor.clone()
+
+
+def _check_inplace(student, teacher) -> None:
+    eager = not torch.compiler.is_compiling()  # which cannot ask what is a view of what
+    base = student._base if eager and student._is_view() else student
+    if base.requires_grad and base.is_leaf:
         raise ValueError(
-            "inplace_gradient=True overwrites student_logits with their gradient, which a leaf that requires grad "
-            "cannot allow; pass a computed tensor, or inplace_gradient=False"
+            "inplace_gradient=True overwrites student_logits with their gradient, which a leaf that requires grad, or "
+            "a view of one, cannot allow; pass a computed tensor, or inplace_gradient=False"
+        )
+    if eager and torch._C._is_alias_of(student, teacher):
+        raise ValueError(
+            "inplace_gradient=True needs student_logits that share no memory with teacher_logits: the gradient would "
+            "overwrite the teacher; pass teacher_logits.clone(), or inplace_gradient=False"
         )
     spans = sorted((stride, size) for stride, size in zip(student.stride(), student.shape, strict=True) if size > 1)
     reach = 1
@@ -157,7 +175,7 @@ def _check_values(labels, keep, temperatures, options, vocab_size) -> None:
         return
 
     def some(wrong: Tensor) -> bool:
-        return bool((wrong if keep is None or wrong.dim() == 0 else wrong & keep).any())
+        return bool((wrong & keep if keep is not None and wrong.shape == keep.shape else wrong).any())
 
     if labels is not None and labels.device.type == "cpu":
         wrong = (labels < 0) | (labels >= vocab_size)

@@ -44,8 +44,11 @@ def normalize(weights: Tensor, weight_norm: str, entropy_bound: float, keep: Ten
         return weights * bound_scale(weight_norm, entropy_bound)
     if weight_norm == "mean":
         count = weights.numel() if keep is None else keep.sum()
-        total = weights.sum()
-        return torch.where(total == 0, 0.0, weights * (count / torch.where(total == 0, 1.0, total)))
+        # Relative to the largest, which changes nothing: the square of a tiny total would underflow in the gradient.
+        largest = weights.detach().abs().amax() if weights.numel() > 0 else weights.new_ones(())
+        relative = weights / torch.where(largest == 0, 1.0, largest)
+        total = relative.sum()
+        return torch.where(total == 0, 0.0, relative * (count / torch.where(total == 0, 1.0, total)))
     return weights
 
 

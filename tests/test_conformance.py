@@ -117,6 +117,9 @@ def test_narrower_dtypes_within_the_error_rule(name, dtype, kernels):
         factor = exact["weight"] * chosen["temperature"] ** 2 if field == "loss" else None
         assert_within_error_rule(getattr(stats, field)[kept], exact[field], baseline[field], rounded.shape[-1], factor)
     (gradient,) = torch.autograd.grad(stats.loss.sum(), student)
-    wanted = [torch.autograd.grad(rows["loss"].sum(), z)[0] for rows, z in zip((exact, baseline), inputs.values(), strict=True)]
+    wanted = [
+        torch.autograd.grad(rows["loss"].sum(), z)[0]
+        for rows, z in zip((exact, baseline), inputs.values(), strict=True)
+    ]
     assert_gradient_within_rounding(gradient[kept], *wanted)
     assert not gradient[~kept].any()

@@ -295,3 +295,47 @@ def test_subnormal_half_logits(kernels):
     stats = distill_stats(z, teacher.half(), temperature=tau, entropy_temperature=tau, backend=kernels)
     want = eager(tiny, teacher, tau=tau, t=tau)
     torch.testing.assert_close(stats.divergence.double(), want["divergence"], rtol=1e-5, atol=2e-7)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"reduction": "none"}, {"weight_norm": "mean"}, {"detach_weights": False}], ids=str
+)
+def test_everything_may_come_from_inference_mode(options, backend):
+    student, teacher = make_logits(3, 60)
+    labels, mask = torch.tensor([1, -100, 3]), torch.tensor([True, True, False])
+    temperature = torch.tensor([1.0, 2.0, 3.0])
+    plain = ea_kd_loss(student, teacher, labels, mask=mask, temperature=temperature, backend=backend, **options).sum()
+    with torch.inference_mode():
+        made = [x.clone() for x in (teacher, labels, mask, temperature)]
+    loss = ea_kd_loss(student, *made[:2], mask=made[2], temperature=made[3], backend=backend, **options).sum()
+    assert torch.equal(loss, plain) and torch.equal(gradient_of(loss, student), gradient_of(plain, student))
+
+
+@pytest.mark.parametrize("bad", [math.nan, INF])
+@pytest.mark.parametrize("side", [0, 1])
+def test_nan_wins_over_a_fully_masked_other_side(bad, side, backend):
+    pair = [torch.full((1, 5), -INF), torch.full((1, 5), -INF)]
+    pair[side] = torch.tensor([[1.0, bad, 0.0, 2.0, 1.0]])
+    z = leaf(pair[0], torch.float32)
+    for rows, _ in both_paths(z, pair[1], weighting="none", backend=backend):
+        assert rows.isnan().all()
+
+
+def test_one_dimensional_rows_left_out(backend):
+    student, teacher = make_logits(10)
+    ignored = {"labels": torch.tensor(-100), "ce_weight": 0.1}
+    masked = {"labels": torch.tensor(-1), "mask": torch.tensor(False), "ce_weight": 0.1}
+    tau = {"mask": torch.tensor(False), "temperature": torch.tensor(math.nan)}
+    for options in (ignored, masked, tau):
+        loss = ea_kd_loss(student, teacher, backend=backend, **options)
+        assert loss == 0 and not gradient_of(loss, student).any()
+
+
+def test_mean_weights_of_certain_teachers_have_a_gradient(backend):
+    """Entropies of 1e-30: their sum squared is 0 in fp32."""
+    student, teacher = make_logits(4, 10)
+    sure = torch.zeros(4, 10)
+    sure[:, 0] = 150.0
+    options = {"weight_norm": "mean", "detach_weights": False, "entropy_temperature": 2.0, "backend": backend}
+    loss = ea_kd_loss(student, sure, **options)
+    assert loss.isfinite() and gradient_of(loss, student).isfinite().all()

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from support import (
@@ -244,6 +245,33 @@ def test_temperature_gradient_in_fp32(kernels):
         ]
     for got, exact in zip(results["got"], results["exact"], strict=True):
         torch.testing.assert_close(got.double(), exact, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_gradient_of_a_narrow_temperature_is_rounded_once(dtype, backend):
+    """d(tau^2 D)/dtau is a difference of two terms a thousand times its size."""
+    student, teacher = make_logits(64, 100, scale=1.0)
+    gradients = []
+    for kind in (dtype, torch.float32):
+        temperature = torch.tensor(4.0, dtype=kind, requires_grad=True)
+        loss = ea_kd_loss(student, teacher, temperature=temperature, backend=backend)
+        gradients.append(torch.autograd.grad(loss, temperature)[0])
+    assert gradients[0] == gradients[1].to(dtype)
+
+
+@pytest.mark.parametrize("options", [{}, {"weight_norm": "mean"}], ids=str)
+def test_the_count_does_not_widen_the_loss(options, backend):
+    student, teacher = make_logits(4, 10)
+    count = torch.tensor(4.0, dtype=torch.float64, requires_grad=True)
+    loss = ea_kd_loss(student, teacher, num_items=count, backend=backend, **options)
+    assert loss.dtype == torch.float32
+
+
+def test_numpy_scalars_are_numbers(backend):
+    student, teacher = make_logits(4, 10)
+    options = {"temperature": np.float32(2), "num_items": np.int64(3), "vocab_size": np.int64(9), "backend": backend}
+    want = ea_kd_loss(student, teacher, temperature=2.0, num_items=3, vocab_size=9, backend=backend)
+    assert torch.equal(ea_kd_loss(student, teacher, **options), want)
 
 
 @pytest.mark.parametrize("detach", [True, False])

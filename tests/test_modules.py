@@ -35,9 +35,25 @@ def test_a_learnable_temperature_is_a_parameter():
     assert module.temperature.grad is not None and student.grad is not None
 
 
+def test_a_weighting_that_learns_is_a_submodule():
+    class Gate(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.tensor(2.0))
+
+        def forward(self, stats):
+            return self.scale * stats.teacher_entropy
+
+    student, teacher = make_logits(2, 20)
+    module = EAKDLoss(weighting=Gate(), detach_weights=False)
+    assert [name for name, _ in module.named_parameters()] == ["weighting.scale"]
+    module(student, teacher).backward()
+    assert module.weighting.scale.grad is not None
+
+
 def test_tensors_move_with_the_module():
-    module = EAKDLoss(weighting=torch.ones(3), num_items=torch.tensor(5)).to("meta")
-    assert module.weighting.device.type == module.num_items.device.type == "meta"
+    module = EAKDLoss(weighting=torch.ones(3)).to("meta")
+    assert module.weighting.device.type == "meta"
     assert not module.state_dict()
 
 

@@ -10,6 +10,7 @@ from eakd_kernels import EAKDLoss, distill_stats, ea_kd_loss, ea_weights
 
 Z, Y = make_logits(2, 3, 10)
 ROWS = (2, 3)
+SHARED = Z * 1
 LABELS = torch.zeros(ROWS, dtype=torch.long)
 
 
@@ -39,6 +40,8 @@ BAD = [
     ({"temperature": 0.0}, ValueError, "temperature.*> 0"),
     ({"temperature": -1}, ValueError, "temperature.*> 0"),
     ({"temperature": float("nan")}, ValueError, "temperature.*nan"),
+    ({"temperature": 1e39}, ValueError, "temperature.*1e.30"),
+    ({"entropy_temperature": 10**400}, ValueError, "entropy_temperature.*1e.30"),
     ({"temperature": float("inf")}, ValueError, "temperature.*finite"),
     ({"temperature": True}, TypeError, "temperature.*bool"),
     ({"temperature": torch.tensor(0.0)}, ValueError, "temperature.*> 0"),
@@ -74,6 +77,16 @@ BAD = [
         {"student_logits": (Z * 1)[:, :1].expand(2, 3, 10), "inplace_gradient": True},
         ValueError,
         "inplace_gradient.*share",
+    ),
+    (
+        {"student_logits": Z.view(3, 2, 10), "teacher_logits": Y.view(3, 2, 10), "inplace_gradient": True},
+        ValueError,
+        "view",
+    ),
+    (
+        {"student_logits": SHARED, "teacher_logits": SHARED.detach(), "inplace_gradient": True},
+        ValueError,
+        "share no memory",
     ),
     ({"detach_weights": "no"}, TypeError, "detach_weights.*no"),
     ({"ignore_index": 1.5}, TypeError, "ignore_index.*float"),

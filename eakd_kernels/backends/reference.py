@@ -26,13 +26,15 @@ def statistics(rows: Rows) -> tuple[Tensor, ...]:
     student = torch.where(no_student[..., None], 0.0, student)
     teacher = torch.where(no_teacher[..., None], 0.0, teacher)
     z, y = _divided(student, rows), _divided(teacher, rows)
-    divergence = torch.where(no_student, torch.inf, _forward_kl(y.log_softmax(-1), z.log_softmax(-1)))
+    student_lse, teacher_lse = z.logsumexp(-1), y.logsumexp(-1).detach()
+    # 0 without a teacher, +inf without a student alone; NaN or +inf on the other side makes both NaN.
+    divergence = torch.where(no_student, torch.inf + 0 * teacher_lse, _forward_kl(y.log_softmax(-1), z.log_softmax(-1)))
     fields = (
-        divergence.masked_fill(no_teacher, 0),
+        torch.where(no_teacher, 0 * student_lse, divergence),
         _entropy((teacher / rows.entropy_temperature).log_softmax(-1)).masked_fill(no_teacher, 0),
         _entropy((student / rows.entropy_temperature).log_softmax(-1)).masked_fill(no_student, 0),
-        y.logsumexp(-1).detach().masked_fill(no_teacher, 0),
-        z.logsumexp(-1).masked_fill(no_student, 0),
+        teacher_lse.masked_fill(no_teacher, 0),
+        student_lse.masked_fill(no_student, 0),
         _cross_entropy(student, rows.labels).masked_fill(no_student, 0),
     )
     return fields if rows.keep is None else tuple(torch.where(rows.keep, field, 0.0) for field in fields)
