@@ -171,8 +171,8 @@ def _check_choice(name, value, known, more="") -> None:
 
 
 def _is_real(value) -> bool:
-    # numbers.Real has NumPy's scalars, and costs more to ask
-    number = isinstance(value, int | float | torch.SymInt | torch.SymFloat) or isinstance(value, numbers.Real)
+    # numbers.Real is there for NumPy's scalars
+    number = isinstance(value, int | float | torch.SymInt | torch.SymFloat | numbers.Real)
     return number and not isinstance(value, bool)
 
 

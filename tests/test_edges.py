@@ -333,7 +333,7 @@ def test_one_dimensional_rows_left_out(backend):
 
 def test_mean_weights_of_certain_teachers_have_a_gradient(backend):
     """Entropies of 1e-30: their sum squared is 0 in fp32."""
-    student, teacher = make_logits(4, 10)
+    student, _teacher = make_logits(4, 10)
     sure = torch.zeros(4, 10)
     sure[:, 0] = 150.0
     options = {"weight_norm": "mean", "detach_weights": False, "entropy_temperature": 2.0, "backend": backend}
