@@ -22,33 +22,35 @@ eakd_kernels compiles against the torch that is already installed, and none was 
 """
 
 
-def _requirements(base):
-    if os.environ.get("EAKD_NO_EXT") == "1":
-        return base
-    if importlib.util.find_spec("torch") is None:
-        for path in {sysconfig.get_paths()["purelib"], sysconfig.get_paths()["platlib"]}:
-            if os.path.isdir(os.path.join(path, "torch")):
-                sys.path.append(path)
-                return base
-        if requirement := os.environ.get("EAKD_BUILD_TORCH"):
-            return [*base, requirement]
-        raise SystemExit(_NO_TORCH)
-    return base
+def _find_torch() -> bool:
+    if importlib.util.find_spec("torch") is not None:
+        return True
+    for path in {sysconfig.get_paths()["purelib"], sysconfig.get_paths()["platlib"]}:
+        if os.path.isdir(os.path.join(path, "torch")):
+            sys.path.append(path)
+            return True
+    return False
+
+
+# When the backend is imported: every hook runs setup.py, which imports torch.
+_NEEDED = os.environ.get("EAKD_NO_EXT") != "1"
+_FOUND = _NEEDED and _find_torch()
+
+
+def _torch_requirement() -> list[str]:
+    """Called before setup.py runs, so that what is missing is said in our words."""
+    if _FOUND or not _NEEDED:
+        return []
+    if requirement := os.environ.get("EAKD_BUILD_TORCH"):
+        return [requirement]
+    raise SystemExit(_NO_TORCH)
 
 
 def get_requires_for_build_wheel(config_settings=None):
-    return _requirements(build_meta.get_requires_for_build_wheel(config_settings))
+    torch = _torch_requirement()
+    return torch or build_meta.get_requires_for_build_wheel(config_settings)
 
 
 def get_requires_for_build_editable(config_settings=None):
-    return _requirements(build_meta.get_requires_for_build_editable(config_settings))
-
-
-def build_wheel(wheel_directory, config_settings=None, metadata_directory=None):
-    _requirements([])
-    return build_meta.build_wheel(wheel_directory, config_settings, metadata_directory)
-
-
-def build_editable(wheel_directory, config_settings=None, metadata_directory=None):
-    _requirements([])
-    return build_meta.build_editable(wheel_directory, config_settings, metadata_directory)
+    torch = _torch_requirement()
+    return torch or build_meta.get_requires_for_build_editable(config_settings)
