@@ -4,8 +4,6 @@
 #include <ATen/Parallel.h>
 
 #include <cstring>
-#include <memory>
-#include <optional>
 #include <vector>
 
 #include "dispatch.h"
@@ -48,22 +46,17 @@ class FlushSubnormals {
 #endif
 };
 
-// Room for the exponentials of one row, one a thread.
+// Room for the exponentials of one row. A thread keeps its own, a megabyte or two, for the next call: fresh memory
+// costs a page fault every 4 KB.
 template <typename T>
-class KeptRow {
- public:
-  explicit KeptRow(const RowJob& job) {
-    constexpr int64_t kPadding = 64;  // a block is padded to whole vectors
-    const int64_t columns = job.vocab_size + kPadding, blocks = job.vocab_size / kSmallestBlock + 1;
-    room_.reset(new T[2 * (columns + blocks)]);
-    view_ = {room_.get(), room_.get() + columns, room_.get() + 2 * columns, room_.get() + 2 * columns + blocks};
-  }
-  const KeptExponentials<T>* view() const { return &view_; }
-
- private:
-  std::unique_ptr<T[]> room_;
-  KeptExponentials<T> view_;
-};
+KeptExponentials<T> room_for_row(const RowJob& job) {
+  constexpr int64_t kPadding = 64;  // a block is padded to whole vectors
+  const int64_t columns = job.vocab_size + kPadding, blocks = job.vocab_size / kSmallestBlock + 1;
+  static thread_local std::vector<T> room;
+  if (int64_t(room.size()) < 2 * (columns + blocks)) room.resize(2 * (columns + blocks));
+  T* p = room.data();
+  return {p, p + columns, p + 2 * columns, p + 2 * columns + blocks};
+}
 
 template <typename T>
 RowState<double> row_state(const RowJob& job, const RowPair& pair, const Temperatures<double>& k,
@@ -165,9 +158,9 @@ void write_gradient_in_one_pass(const RowJob& job, const RowTemperatures& temper
   }
   at::parallel_for(0, job.rows, row_grain(job), [&](int64_t begin, int64_t end) {
     const FlushSubnormals flush;
-    std::optional<KeptRow<T>> room;
-    if (job.vocab_size <= kMaxKeptColumns) room.emplace(job);
-    const KeptExponentials<T>* kept = room ? room->view() : nullptr;
+    const bool keeps = job.vocab_size <= kMaxKeptColumns;
+    const KeptExponentials<T> room = keeps ? room_for_row<T>(job) : KeptExponentials<T>{};
+    const KeptExponentials<T>* kept = keeps ? &room : nullptr;
     for (int64_t row = begin; row < end; ++row) {
       if (!job.kept(row)) continue;
       const RowPair pair(job, row);

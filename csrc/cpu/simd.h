@@ -92,22 +92,27 @@ inline double sum_lanes(V v) {
   else
     return sum_lanes<N / 2>(halves.low + halves.high);
 }
-// In double: a block's sum is then as good as its lanes.
+// In double: a block's sum is then as good as its lanes. Not inlined, nor is max: taking the halves takes the vector's
+// address, and a loop that accumulates into a vector with an address keeps it in memory (GCC 12).
 template <typename T>
-inline double sum(Vec<T> v) {
+__attribute__((noinline)) double sum(Vec<T> v) {
   const HalfOf<Vec<T>, kLanes> halves(v);
   typedef double Doubles __attribute__((vector_size(kLanes / 2 * sizeof(double))));
   return sum_lanes<kLanes / 2>(__builtin_convertvector(halves.low, Doubles) +
                                __builtin_convertvector(halves.high, Doubles));
 }
-template <typename T, int N = kLanes, typename V = Vec<T>>
-inline T max(V v) {
+template <int N = kLanes, typename V>
+inline auto max_lanes(V v) {
   const HalfOf<V, N> halves(v);
   const auto larger_half = halves.low > halves.high ? halves.low : halves.high;
   if constexpr (N == 2)
     return larger_half[0];
   else
-    return max<T, N / 2>(larger_half);
+    return max_lanes<N / 2>(larger_half);
+}
+template <typename T>
+__attribute__((noinline)) T max(Vec<T> v) {
+  return max_lanes(v);
 }
 
 // The exponent below which 2^x counts as 0. Also the floor to which x is raised before a product 2^x * x, so that
