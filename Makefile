@@ -1,7 +1,8 @@
-# Every target sets up what it needs in $(VENV); nothing outside this folder is touched.
+# Every target but gpu sets up what it needs in $(VENV); nothing outside this folder is touched.
 #   make demo   distil a real language model on this machine
 #   make test   build and run the tests
 #   make bench  time the loss against eager PyTorch and torch.compile
+#   make gpu    build, test and time on a GPU, with the Python that runs here and what it has
 #   make lint   ruff and clang-format, as CI runs them
 
 VENV ?= .venv
@@ -13,7 +14,7 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check --quiet
 CXX_SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/*.h csrc/cpu/*.cpp)
 
-.PHONY: demo test smoke sanitize bench lint format clean
+.PHONY: demo test smoke sanitize bench gpu gpu-check gpu-bench lint format clean
 
 demo: $(VENV)/.installed $(VENV)/.teacher
 	$(PY) examples/distill_lm.py --out out/demo
@@ -36,6 +37,13 @@ sanitize: $(VENV)/.installed
 
 bench: $(VENV)/.installed
 	$(PY) -m benchmarks --threads 2 --memory --out out/benchmarks
+
+# RESULTS=folder: where logs and the CSV file go. Nothing is timed that fails its tests.
+gpu: gpu-check
+	$(MAKE) gpu-bench
+
+gpu-check gpu-bench: gpu-%:
+	$(PYTHON) benchmarks/gpu.py $* $(if $(RESULTS),--results "$(RESULTS)")
 
 lint: $(VENV)/.installed
 	$(PY) -m ruff check .

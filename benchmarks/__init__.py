@@ -1,8 +1,9 @@
-"""How fast and how large the loss is, against the plain formula in PyTorch, eager and compiled.
+"""How fast and how large the loss is, against the plain formula in PyTorch, eager and compiled, and on a GPU rivals.
 
-    python -m benchmarks            the quick list, under two minutes
-    python -m benchmarks --help     more cases, memory, a CSV file
+    python -m benchmarks                  the quick list, under two minutes
+    python -m benchmarks --device cuda    on a GPU; benchmarks/gpu.py builds and tests there as well
+    python -m benchmarks --help           more cases, memory, a CSV file
 
-cases.py says what is timed, providers.py who competes, timing.py and memory.py how it is measured, report.py how it
-reads. Nothing is timed before its loss and gradient agree with fp64.
+cases.py says what is timed, providers.py and rivals.py who competes, timing.py and memory.py how it is measured,
+report.py how it reads. check.py: nothing is timed before its loss and gradient agree with fp64.
 """

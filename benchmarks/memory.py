@@ -1,4 +1,4 @@
-"""The peak memory of one step beyond its inputs. Linux only: it reads /proc."""
+"""The peak memory of one step beyond its inputs, in units of the student's logits."""
 
 import ctypes
 import gc
@@ -8,12 +8,22 @@ from pathlib import Path
 
 import torch
 
-from .cases import Case
-from .providers import providers, run
+from .cases import Case, Inputs
+from .check import Loss, run
+from .providers import providers
 
 
-def peak_memory(case: Case, provider: str) -> float:
-    """In units of the student's logits. Measured in a fresh process, where no earlier step has left memory behind."""
+def peak_on_gpu(loss: Loss, inputs: Inputs) -> float:
+    """As PyTorch's allocator counts it, of a step that has run before."""
+    inputs.student.grad = None
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    run(loss, inputs)
+    return (torch.cuda.max_memory_allocated() - before) / inputs.student.nbytes
+
+
+def peak_on_cpu(case: Case, provider: str) -> float:
+    """Measured in a fresh process, where no earlier step has left memory behind. Linux only: it reads /proc."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as fresh:
         return fresh.submit(_peak, case, provider, torch.get_num_threads()).result()
 
@@ -23,7 +33,7 @@ def _peak(case: Case, provider: str, threads: int) -> float:
     M_MMAP_THRESHOLD = -3
     ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 16)
     torch.set_num_threads(threads)
-    inputs, step = case.inputs(), providers(case, reference=True)[provider]
+    inputs, step = case.inputs(), providers(case, reference=True)[provider].loss
     run(step, inputs)  # compiles, loads, starts threads
     inputs.student.grad = None
     gc.collect()

@@ -1,18 +1,24 @@
-"""Measurements as text. `python -m benchmarks.report [CSV] --readme README.md` puts them between README's markers.
+"""Measurements as text. `python -m benchmarks.report [CSV ...] --readme README.md` puts them between README's markers.
 
-A measurement is a row of the CSV file: a dict of strings, "" where there is nothing.
+A measurement is a row of the CSV file: a dict of strings, "" where there is nothing. Columns are added as time goes by:
+what an older file does not have reads as "".
 """
 
 import argparse
 import csv
 import re
+from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 
-from .cases import GOALS
+from .cases import GOALS, Goal
 
 RESULTS = Path(__file__).parent / "results"
-BEGIN, END = "<!-- benchmark:begin -->", "<!-- benchmark:end -->"
+# README's places for the tables, by device. The second is made where there is something to put into it.
+MARKERS = {"cpu": "benchmark", "cuda": "benchmark-gpu"}
 
+# Whom others are compared with: the column of the CSV file, the provider.
+BASELINES = {"x_eager": "eager", "x_compile": "compile", "x_liger_kl": "liger kl", "x_trl": "trl"}
 # How an operation is told apart from the usual one, loss and gradient.
 OPERATIONS = {"gradient": "", "labels": ", cross-entropy too", "statistics": ", loss alone"}
 
@@ -21,54 +27,133 @@ Row = dict[str, str]
 
 def table(rows: list[Row]) -> str:
     """Markdown that also reads well in a terminal: where and when, then a line for every case and provider."""
-    first = rows[0]
-    heading = (
-        f"{first['machine']}, {first['threads']} threads, {first['capability']}, torch {first['torch']}, "
-        f"eakd_kernels {first['eakd_kernels']}, {first['date']}. Loss and gradient; medians [quartiles] of "
-        f"{first['rounds']} rounds."
-    )
     columns = {
-        "vocabulary x rows": lambda row: f"{row['model']}, {row['vocab_size']} x {row['rows']}",
+        "vocabulary x rows": _shape,
         "dtype": lambda row: row["dtype"] + OPERATIONS[row["operation"]],
         "provider": lambda row: row["provider"],
         "ms": lambda row: _spread(row, "ms"),
-        "x eager": lambda row: _spread(row, "x_eager"),
-        "x compile": lambda row: _spread(row, "x_compile"),
+        **{f"x {name}": lambda row, column=column: _spread(row, column) for column, name in BASELINES.items()},
         "GB/s": lambda row: _number(row["gb_per_s"]),
         "% of copy": lambda row: _number(row["percent_of_copy"]),
+        "% at 5 streams": lambda row: _number(row.get("percent_at_5_streams", "")),
+        "memory, x logits": lambda row: _number(row["peak_memory"]),
+        "error, loss": lambda row: row.get("loss_error", ""),
+        "error, gradient": lambda row: row.get("gradient_error", ""),
+    }
+    measured = [row for row in rows if row["ms"]]
+    return (
+        f"{heading(rows)} Loss and gradient; medians [quartiles] of {_rounds(rows)}.\n\n{_tabulate(measured, columns)}"
+    )
+
+
+def summary(rows: list[Row]) -> str:
+    """Of a GPU's results, what they say of this package: a line for every case and backend."""
+    measured = [row for row in rows if row["provider"].startswith("eakd ") and row["ms"]]
+    if not measured:
+        return "Nothing of this package was measured."
+    columns = {
+        "vocabulary x rows": _shape,
+        "dtype": lambda row: row["dtype"] + OPERATIONS[row["operation"]],
+        "tau, t": lambda row: f"{float(row['temperature']):g}, {float(row['entropy_temperature']):g}",
+        "backend": lambda row: row["provider"].removeprefix("eakd "),
+        "ms": lambda row: _number(row["ms"]) + (" *" if row["clock"] == "wall" else ""),
+        "% of copy": lambda row: row["percent_of_copy"] and f"{_number(row['percent_of_copy'])} at {_streams(row)}",
+        "at 5": lambda row: _number(row["percent_at_5_streams"]),
+        **{f"x {name}": lambda row, column=column: _number(row[column]) for column, name in BASELINES.items()},
         "memory, x logits": lambda row: _number(row["peak_memory"]),
     }
-    cells = {name: [cell(row) for row in rows] for name, cell in columns.items()}
-    return f"{heading}\n\n{_markdown({name: column for name, column in cells.items() if any(column)})}"
+    table = _tabulate(measured, columns)
+    return f"{heading(rows)} Loss and gradient; medians of {_rounds(rows)}.\n\n{table}\n\n{legend(rows)}"
+
+
+def legend(rows: list[Row]) -> str:
+    """What the summary's columns leave open."""
+    others = [row for row in rows if row["formula"] == "KL"]
+    rivals = dict.fromkeys(f"{row['provider']} ({row['version']})" for row in others if " in " not in row["provider"])
+    narrow = [float(row["gradient_error"]) for row in others if " in " in row["provider"] and row["gradient_error"]]
+    lines = [
+        '"% of copy": of the bandwidth of a device copy, counting 2 streams of the logits\' size for the loss alone, 3 '
+        "for loss and gradient; 5 is what two sweeps move. Every call starts from a cold cache.",
+    ]
+    if any(row["clock"] == "wall" for row in rows):
+        lines.append("* What the caller waits for, launching included, over many calls.")
+    if rivals:
+        lines.append(
+            f"{', '.join(rivals)}: the plain KL, neither entropies nor weights, on logits in fp32; each was checked "
+            "against the plain KL in fp64."
+        )
+    if narrow:
+        lines.append(
+            "With log-probabilities in 16 bits, times of which are in the CSV file, their gradients are off by up to "
+            f"{100 * max(narrow):.2g} % of the row's largest element."
+        )
+    return "\n".join(lines)
+
+
+def heading(rows: list[Row]) -> str:
+    first = rows[0]
+    threads = f"{first['threads']} threads, " if first["threads"] else ""
+    versions = [f"{name} {first[name]}" for name in ("driver", "cuda", "torch", "triton") if first.get(name)]
+    return (
+        f"{first['machine']}, {threads}{first['capability']}, {', '.join(versions)}, "
+        f"eakd_kernels {first['eakd_kernels']}, {first['date']}."
+    )
+
+
+def left_out(rows: list[Row]) -> str:
+    """A line for every provider that did not take part, or not everywhere, and why."""
+    where = defaultdict(list)
+    for row in rows:
+        if row.get("left_out"):
+            where[row["provider"], row["left_out"]].append(f"{row['model']} {row['dtype']} {row['operation']}")
+    return "\n".join(
+        f"{provider}: not timed: {reason} ({f'{len(cases)} cases' if len(cases) > 1 else cases[0]})"
+        for (provider, reason), cases in where.items()
+    )
 
 
 def goals(rows: list[Row]) -> str:
-    """Each goal that was measured, with the ratio reached by the fastest of this package's backends."""
+    """Each goal whose case was measured, and what was reached."""
     lines = []
     for goal in GOALS:
-        reached = [
-            row
-            for row in rows
-            if row["provider"].startswith("eakd ")
-            and (row["model"], row["dtype"], row["operation"]) == (goal.model, goal.dtype, "gradient")
+        ours = [
+            row for row in rows if goal.case.is_case_of(row) and row["provider"].startswith(goal.provider or "eakd ")
         ]
-        if not reached:
+        if not ours:
             continue
-        row = max(reached, key=lambda row: float(row[f"x_{goal.baseline}"]))
-        ratio = float(row[f"x_{goal.baseline}"])
-        verdict = "goal met" if ratio >= goal.goal else "pass" if ratio >= goal.at_least else "MISS"
+        best = max(ours, key=lambda row: (bool(row["ms"]), float(row[goal.column] or 0)))
+        value = best[goal.column]
         lines.append(
             {
-                "vocabulary": goal.model,
-                "dtype": goal.dtype,
-                "x faster than": goal.baseline,
-                "reached": _spread(row, f"x_{goal.baseline}"),
+                "vocabulary": goal.case.model,
+                "dtype": goal.case.dtype + OPERATIONS[goal.case.operation],
+                "of": _quantity(goal),
+                "reached": _spread(best, goal.column) if value else "",
                 "at least": f"{goal.at_least:g}",
                 "goal": f"{goal.goal:g}",
-                "verdict": verdict,
+                "verdict": _verdict(float(value), goal) if value else f"not measured ({_why_not(goal, rows, best)})",
             }
         )
     return _markdown({name: [line[name] for line in lines] for name in lines[0]}) if lines else ""
+
+
+def _quantity(goal: Goal) -> str:
+    if goal.column in BASELINES:
+        return f"x {BASELINES[goal.column]}"
+    streams = 5 if goal.column == "percent_at_5_streams" else goal.case.streams
+    return f"{goal.provider.removeprefix('eakd ')}: % of copy at {streams} streams"
+
+
+def _verdict(value: float, goal: Goal) -> str:
+    return "goal met" if value >= goal.goal else "pass" if value >= goal.at_least else "MISS"
+
+
+def _why_not(goal: Goal, rows: list[Row], ours: Row) -> str:
+    """`ours` has nothing in the goal's column."""
+    if not ours["ms"]:
+        return ours["left_out"]
+    baseline = BASELINES[goal.column]
+    return next(row["left_out"] for row in rows if goal.case.is_case_of(row) and row["provider"] == baseline)
 
 
 def save(rows: list[Row], folder: Path) -> Path:
@@ -88,23 +173,65 @@ def load(path: Path) -> list[Row]:
         return list(csv.DictReader(file))
 
 
-def insert(text: str, readme: str) -> str:
-    """`readme` with `text` between the markers."""
-    if BEGIN not in readme or END not in readme:
-        raise ValueError(f"the file needs the lines {BEGIN} and {END}, and the table goes between them")
-    before, rest = readme.split(BEGIN, 1)
-    return f"{before}{BEGIN}\n{text}\n{END}{rest.split(END, 1)[1]}"
+def device(rows: list[Row]) -> str:
+    return rows[0].get("device", "cpu")
+
+
+def for_readme(rows: list[Row]) -> str:
+    return summary(rows) if device(rows) == "cuda" else table(rows)
+
+
+def markers(device: str) -> tuple[str, str]:
+    return f"<!-- {MARKERS[device]}:begin -->", f"<!-- {MARKERS[device]}:end -->"
+
+
+def insert(text: str, readme: str, device: str = "cpu") -> str:
+    """`readme` with `text` between the device's markers; a GPU's come below the CPU's if it has none yet."""
+    begin, end = markers(device)
+    if device == "cuda" and begin not in readme:
+        end_of_cpu = markers("cpu")[1]
+        readme = readme.replace(end_of_cpu, f"{end_of_cpu}\n\n{begin}\n{end}")
+    if begin not in readme or end not in readme:
+        raise ValueError(f"the file needs the lines {begin} and {end}, and the table goes between them")
+    before, rest = readme.split(begin, 1)
+    return f"{before}{begin}\n{text}\n{end}{rest.split(end, 1)[1]}"
+
+
+def latest(folder: Path) -> list[Path]:
+    """The last file of each device."""
+    files = sorted(folder.glob("*.csv"), key=lambda path: path.stem[-len("yyyy-mm-dd") :])
+    return list({device(load(path)): path for path in files}.values())
+
+
+def _rounds(rows: list[Row]) -> str:
+    return f"{rows[0]['rounds']} rounds"
+
+
+def _shape(row: Row) -> str:
+    return f"{row['model']}, {row['vocab_size']} x {row['rows']}"
+
+
+def _streams(row: Row) -> int:
+    return 2 if row["operation"] == "statistics" else 3
 
 
 def _spread(row: Row, name: str) -> str:
-    if not row[name]:
+    if not row.get(name):
         return ""
+    if not row.get(f"{name}_q1"):
+        return _number(row[name])
     return f"{_number(row[name])} [{_number(row[f'{name}_q1'])}, {_number(row[f'{name}_q3'])}]"
 
 
 def _number(value: str) -> str:
     """Three digits."""
     return value and (f"{float(value):.0f}" if float(value) >= 100 else f"{float(value):#.3g}")
+
+
+def _tabulate(rows: list[Row], columns: dict[str, Callable[[Row], str]]) -> str:
+    """Without the columns that are empty."""
+    cells = {name: [cell(row) for row in rows] for name, cell in columns.items()}
+    return _markdown({name: column for name, column in cells.items() if any(column)})
 
 
 def _markdown(columns: dict[str, list[str]]) -> str:
@@ -120,13 +247,19 @@ def _markdown(columns: dict[str, list[str]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__.splitlines()[0])
-    parser.add_argument("csv", nargs="?", type=Path, help="default: the latest of benchmarks/results")
+    parser.add_argument("csv", nargs="*", type=Path, help="default: the latest of benchmarks/results of each device")
     parser.add_argument("--readme", type=Path, required=True)
     arguments = parser.parse_args()
-    path = arguments.csv or max(RESULTS.glob("*.csv"), key=lambda path: path.stem[-len("yyyy-mm-dd") :], default=None)
-    if path is None:
+    paths = arguments.csv or latest(RESULTS)
+    if not paths:
         parser.error(f"{RESULTS} has no CSV file yet: python -m benchmarks --out {RESULTS}")
-    arguments.readme.write_text(insert(table(load(path)), arguments.readme.read_text()))
+    tables = defaultdict(list)
+    for rows in map(load, paths):
+        tables[device(rows)].append(for_readme(rows))
+    readme = arguments.readme.read_text()
+    for where, texts in tables.items():
+        readme = insert("\n\n".join(texts), readme, where)
+    arguments.readme.write_text(readme)
 
 
 if __name__ == "__main__":

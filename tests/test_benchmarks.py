@@ -1,107 +1,180 @@
 """The benchmarks run: every case and provider once on two rows; timing and report on numbers known beforehand."""
 
 import gc
+import subprocess
+import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
+from support import make_logits
 
 from benchmarks import __main__ as command
-from benchmarks import report, timing
-from benchmarks.cases import Case, Goal, cases
-from benchmarks.memory import peak_memory
-from benchmarks.providers import eager, in_fp64, providers, run, wrong
+from benchmarks import check, gpu, measure, report, rivals, timing
+from benchmarks.cases import GOALS, Case, Goal, cases
+from benchmarks.check import Provider
+from benchmarks.memory import peak_on_cpu
+from benchmarks.providers import ea_kd, providers
 
 README = Path(__file__).parents[1] / "README.md"
 TINY = Case("CIFAR-100", 100, 4, "fp32")
+ON_GPU = cases(full=True, device="cuda")
+needs_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens where there is no GPU")
+
+formula = partial(ea_kd, tau=TINY.temperature, t=TINY.entropy_temperature)
+formula_on_cpu = {"eager": Provider(formula, formula)}
 
 
-@pytest.mark.parametrize("case", cases(full=True), ids=str)
+@pytest.mark.parametrize("case", [*cases(full=True), *cases(device="cuda")], ids=str)
 def test_every_provider_agrees_with_fp64(case):
-    case = replace(case, rows=2)
+    case = replace(case, rows=2, device="cpu")
     inputs = case.inputs()
-    exact = in_fp64(inputs)
     for name, provider in providers(case, reference=True).items():
         if name != "compile":  # the same function, below
-            assert wrong(provider, inputs, exact) is None, name
+            assert check.check(provider, inputs).wrong is None, name
 
 
 @pytest.mark.slow
 def test_compile_agrees_with_fp64():
-    inputs = TINY.inputs()
-    assert wrong(providers(TINY)["compile"], inputs, in_fp64(inputs)) is None
+    assert check.check(providers(TINY)["compile"], TINY.inputs()).wrong is None
 
 
-def test_quick_cases_are_part_of_the_full_list():
-    quick, full = cases(), cases(full=True)
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_quick_cases_are_part_of_the_full_list(device):
+    quick, full = cases(device=device), cases(full=True, device=device)
     assert set(quick) < set(full)
     assert len(set(map(str, full))) == len(full)
+    assert {case.device for case in full} == {device}
+
+
+def test_goals_are_for_cases_of_the_quick_lists():
+    assert {goal.case for goal in GOALS} <= {*cases(), *cases(device="cuda")}
+
+
+def test_small_cases_on_a_gpu_are_timed_with_their_launching():
+    assert {case.model for case in ON_GPU if case.clock == "wall"} == {"ImageNet", "CIFAR-100"}
+    assert {case.clock for case in cases(full=True)} == {"wall"}
 
 
 def wrong_loss(student, teacher, labels):
-    return eager(student, teacher, labels) * (1 + 3e-5)
+    return formula(student, teacher, labels) * (1 + 3e-5)
 
 
 def wrong_gradient(student, teacher, labels):
-    loss = eager(student, teacher, labels)
+    loss = formula(student, teacher, labels)
     return 1.001 * loss - 0.001 * loss.detach()
 
 
 def nan_gradient(student, teacher, labels):
-    return eager(student, teacher, labels) + (student[0, 0] - student[0, 0]).abs().sqrt()
+    return formula(student, teacher, labels) + (student[0, 0] - student[0, 0]).abs().sqrt()
 
 
 @pytest.mark.parametrize(
-    ("provider", "complaint"), [(wrong_loss, "loss"), (wrong_gradient, "gradient"), (nan_gradient, "gradient nan")]
+    ("loss", "complaint"), [(wrong_loss, "loss"), (wrong_gradient, "gradient"), (nan_gradient, "gradient nan")]
 )
-def test_a_wrong_provider_is_noticed_and_not_timed(provider, complaint, monkeypatch):
-    inputs = TINY.inputs()
-    assert wrong(provider, inputs, in_fp64(inputs)).startswith(complaint)
-    monkeypatch.setattr(command, "providers", lambda case, reference: {"eager": eager, "mine": provider})
-    with pytest.raises(SystemExit, match="mine is wrong and will not be timed"):
-        command.measure(TINY, rounds=1)
+def test_a_wrong_provider_is_noticed_and_not_timed(loss, complaint, monkeypatch):
+    provider = Provider(loss, formula)
+    assert check.check(provider, TINY.inputs()).wrong.startswith(complaint)
+    monkeypatch.setattr(measure, "providers", lambda case, reference: {**formula_on_cpu, "eakd cpu": provider})
+    with pytest.raises(SystemExit, match="eakd cpu is wrong and will not be timed"):
+        measure.measure(TINY, rounds=1)
+
+
+def fails(student, teacher, labels):
+    raise RuntimeError("its kernel\ndoes not compile")
+
+
+def test_another_package_that_is_wrong_or_fails_is_left_out(monkeypatch):
+    others = {"rounds": Provider(wrong_loss, formula), "breaks": Provider(fails, formula), "is not there": "no module"}
+    monkeypatch.setattr(measure, "providers", lambda case, reference: {**formula_on_cpu, **others})
+    monkeypatch.setattr(timing, "SAMPLE_MS", 1.0)
+    rows = measure.measure(TINY, rounds=1)
+    assert [row["provider"] for row in rows if row["ms"]] == ["eager", "copy"]
+    told = report.left_out(rows).splitlines()
+    assert told[0].startswith("rounds: not timed: wrong: loss ")
+    assert told[1:] == [
+        "breaks: not timed: fails: its kernel (CIFAR-100 fp32 gradient)",
+        "is not there: not timed: no module (CIFAR-100 fp32 gradient)",
+    ]
+
+
+def test_a_check_a_few_rows_at_a_time_says_the_same(monkeypatch):
+    inputs = replace(TINY, operation="labels", rows=7).inputs()
+    whole = check.check(Provider(wrong_gradient, formula), inputs)
+    monkeypatch.setattr(check, "CHECKED_BYTES", 3 * 8 * TINY.vocab_size)
+    parts = check.check(Provider(wrong_gradient, formula), inputs)
+    assert parts.gradient_error == pytest.approx(whole.gradient_error, rel=1e-6) and parts.wrong
+    assert check.check(Provider(formula, formula), inputs).wrong is None
+    # one wrong row among those checked last
+    last = Provider(lambda s, t, y: formula(s, t, y) + 1e-3 * (s[6, 0] - s[6, 0].detach()), formula)
+    assert check.check(last, inputs).wrong.startswith("gradient")
 
 
 def test_statistics_make_no_gradient():
     inputs = replace(TINY, operation="statistics").inputs()
-    run(eager, inputs)
+    check.run(formula, inputs)
     assert inputs.student.grad is None
 
 
+def test_rivals_that_are_not_there_are_named_with_the_reason(monkeypatch):
+    for package in ("liger_kernel", "liger_kernel.transformers", "trl", "trl.experimental.gkd"):
+        monkeypatch.setitem(sys.modules, package, None)
+    found = rivals.rivals("bf16")
+    assert set(found) == set(rivals.RIVALS)
+    assert all(reason.startswith("not importable: import of ") for reason in found.values())
+
+
+def test_trl_computes_the_plain_kl():
+    found = rivals.rivals("bf16")
+    if isinstance(found["trl"], str):
+        pytest.skip(found["trl"])
+    inputs = check.Inputs(*make_logits(6, 100, dtype=torch.bfloat16), None)
+    for name in ("trl", "trl in bf16"):
+        assert check.check(found[name], inputs).wrong is None, name
+
+
+def test_flushing_writes_more_than_the_cache_holds():
+    assert timing.flushing_bytes(50 << 20) == 100 << 20
+    assert timing.flushing_bytes(0) == 256 << 20  # where its size is not known
+
+
 @pytest.fixture
-def clock(monkeypatch):
+def clock():
     """Instead of being timed, a call is a list of the times to report; `taken` has (call, repeats, gc.isenabled())."""
-    taken = []
 
     def sample(call, repeats):
-        taken.append((call, repeats, gc.isenabled()))
+        sample.taken.append((call, repeats, gc.isenabled()))
         return call.pop(0) if len(call) > 1 else call[0]
 
-    monkeypatch.setattr(timing, "_sample", sample)
-    return taken
+    sample.taken = []
+    return sample
 
 
 def test_rounds_are_interleaved_with_gc_off(clock):
     a, b = [30.0], [40.0]
     ticks = []
-    samples = timing.interleaved({"a": a, "b": b}, 2, lambda: ticks.append("before"), lambda: ticks.append("round"))
+    before, after_round = partial(ticks.append, "before"), partial(ticks.append, "round")
+    samples = timing.interleaved({"a": a, "b": b}, 2, clock, before, after_round)
     assert samples == {"a": [30, 30], "b": [40, 40]}
-    assert clock == [(a, 1, False), (b, 1, False)] * (timing.WARM_UP_ROUNDS.start + 2)
+    assert clock.taken == [(a, 1, False), (b, 1, False)] * (timing.WARM_UP_ROUNDS.start + 2)
     assert ticks[-6:] == ["before", "before", "round"] * 2
     assert gc.isenabled()
 
 
 def test_rounds_are_thrown_away_until_none_gets_faster(clock):
-    samples = timing.interleaved({"a": [90.0, 80.0, 70.0, 60.0, 50.0, 49.0]}, rounds=1)
-    assert samples == {"a": [49]} and len(clock) == 7
+    samples = timing.interleaved({"a": [90.0, 80.0, 70.0, 60.0, 50.0, 49.0]}, 1, clock)
+    assert samples == {"a": [49]} and len(clock.taken) == 7
     endless = [float(2**k) for k in range(50, 0, -1)]
-    timing.interleaved({"a": endless}, rounds=1)
-    assert len(clock) == 7 + timing.WARM_UP_ROUNDS.stop
+    timing.interleaved({"a": endless}, 1, clock)
+    assert len(clock.taken) == 7 + timing.WARM_UP_ROUNDS.stop
 
 
 def test_short_calls_are_repeated(clock):
-    timing.interleaved({"a": [2.0], "b": [90.0]}, rounds=1)
-    assert [repeats for _, repeats, _ in clock[-2:]] == [10, 1]
+    timing.interleaved({"a": [2.0], "b": [90.0]}, 1, clock)
+    assert [repeats for _, repeats, _ in clock.taken[-2:]] == [10, 1]
 
 
 def test_ratios_are_taken_round_by_round():
@@ -110,12 +183,17 @@ def test_ratios_are_taken_round_by_round():
     assert timing.ratios([10.0, 1000.0, 12.0], [5.0, 500.0, 6.0]) == (2, 2, 2)
 
 
+def without_compiling(case, reference):
+    found = providers(case)
+    return {**found, "compile": found["eager"]}
+
+
 @pytest.fixture
 def printed(monkeypatch, tmp_path, capsys):
     """`python -m benchmarks` on two tiny cases, eager standing in for its compilation."""
     listed = [TINY, replace(TINY, dtype="bf16", operation="statistics")]
-    monkeypatch.setattr(command, "cases", lambda full: listed)
-    monkeypatch.setattr(command, "providers", lambda case, reference: {**providers(case), "compile": eager})
+    monkeypatch.setattr(command, "cases", lambda full, device: listed)
+    monkeypatch.setattr(measure, "providers", without_compiling)
     monkeypatch.setattr(timing, "SAMPLE_MS", 1.0)
     monkeypatch.setattr("sys.argv", ["benchmarks", "--rounds", "2", "--out", str(tmp_path)])
     command.main()
@@ -133,25 +211,168 @@ def test_the_command_prints_what_it_saves(printed, tmp_path):
     assert "memory" not in table  # it was not measured
 
 
+def test_a_case_that_begins_too_late_is_left_out(capsys):
+    in_time, late = command.Progress(1, minutes=1), command.Progress(1, minutes=-1)
+    assert in_time.begins("A") and not late.begins("B")
+    assert "A\n" in (told := capsys.readouterr().err) and "B: left out: out of time\n" in told
+
+
+MAIN = next(case for case in ON_GPU if case.operation == "gradient")
+
+
+def a_row(case, provider, **columns):
+    """As `measure` writes it."""
+    where = {"machine": "H1", "capability": "sm_90", "threads": "", "driver": "1", "cuda": "13", "triton": "3"}
+    where |= {"torch": "2.11.0", "eakd_kernels": "0", "date": "2026-01-01", "rounds": "15"}
+    described = {field: str(value) for field, value in vars(case).items()} | {"clock": case.clock}
+    return {**where, **described, "provider": provider, **dict.fromkeys(measure.COLUMNS, ""), **columns}
+
+
+def verdicts(rows):
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in report.goals(rows).splitlines()[2:]]
+    return {line[2]: line[-1] for line in lines}
+
+
 @pytest.mark.parametrize(("ratio", "verdict"), [(8.0, "goal met"), (6.0, "pass"), (5.9, "MISS")])
 def test_goals_are_met_passed_or_missed(ratio, verdict, monkeypatch):
-    monkeypatch.setattr(report, "GOALS", [Goal(TINY.model, TINY.dtype, "eager", at_least=6, goal=8)])
-    row = {**vars(TINY), "provider": "eakd cpu", **dict.fromkeys(("x_eager", "x_eager_q1", "x_eager_q3"), str(ratio))}
-    assert report.goals([row]).splitlines()[-1].split("|")[-2].strip() == verdict
+    monkeypatch.setattr(report, "GOALS", [Goal(TINY, "x_eager", at_least=6, goal=8)])
+    assert verdicts([a_row(TINY, "eakd cpu", ms="1", x_eager=str(ratio))]) == {"x eager": verdict}
+
+
+def test_goals_of_a_gpu_name_what_kept_them_from_being_measured():
+    ours = {"ms": "3", "x_compile": "3.5", "x_eager": "11", "percent_of_copy": "60", "percent_at_5_streams": "86"}
+    rows = [
+        a_row(MAIN, "eager", ms="33"),
+        a_row(MAIN, "eakd triton", **ours),
+        a_row(MAIN, "eakd cuda", left_out="no such kernels"),
+        a_row(MAIN, "liger kl", left_out="wrong: loss 2, in fp64 1"),
+        a_row(MAIN, "trl", left_out="not importable: No module named 'datasets'"),
+    ]
+    assert verdicts(rows) == {
+        "x compile": "goal met",
+        "x eager": "MISS",
+        "x liger kl": "not measured (wrong: loss 2, in fp64 1)",
+        "x trl": "not measured (not importable: No module named 'datasets')",
+        "triton: % of copy at 5 streams": "goal met",
+        "cuda: % of copy at 3 streams": "not measured (no such kernels)",
+    }
+    assert report.goals([a_row(replace(MAIN, rows=64), "eakd triton", **ours)]) == ""  # no goal is for so few rows
+
+
+def test_the_summary_is_of_this_package_and_says_what_others_compute():
+    images = next(case for case in ON_GPU if case.clock == "wall")
+    rows = [
+        a_row(MAIN, "liger kl", ms="9", formula="KL", version="0.8.5"),
+        a_row(MAIN, "liger kl in bf16", ms="6", formula="KL", version="0.8.5", gradient_error="0.023"),
+        a_row(MAIN, "eakd triton", ms="2.5", x_liger_kl="3.6", percent_of_copy="51.2", percent_at_5_streams="85.4"),
+        a_row(images, "eakd triton", ms="0.05"),
+        a_row(MAIN, "eakd cuda", left_out="no such kernels"),
+    ]
+    text = report.summary(rows)
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
+    assert lines[0][3:] == ["backend", "ms", "% of copy", "at 5", "x liger kl"]
+    assert [line[3:] for line in lines[2:]] == [
+        ["triton", "2.50", "51.2 at 3", "85.4", "3.60"],
+        ["triton", "0.0500 *", "", "", ""],
+    ]
+    assert "* What the caller waits for" in text and "\nliger kl (0.8.5): the plain KL" in text
+    assert "off by up to 2.3 % of" in text
 
 
 def test_the_table_goes_between_the_markers():
-    readme = f"above\n{report.BEGIN}\nold\n{report.END}\nbelow\n"
+    begin, end = report.markers("cpu")
+    readme = f"above\n{begin}\nold\n{end}\nbelow\n"
     assert report.insert("new", readme) == readme.replace("old", "new")
     with pytest.raises(ValueError, match="benchmark:begin"):
         report.insert("new", "no markers")
 
 
-def test_readme_shows_a_file_of_results():
-    shown = README.read_text().split(report.BEGIN)[1].split(report.END)[0].strip()
-    assert shown in ([report.table(report.load(path)) for path in report.RESULTS.glob("*.csv")] or [""])
+def test_a_gpus_table_goes_below_the_cpus(monkeypatch, tmp_path):
+    rows = [a_row(MAIN, "eakd triton", ms="2.5", percent_of_copy="51.2")]
+    readme, results = tmp_path / "README.md", tmp_path / "results"
+    begin, end = report.markers("cpu")
+    readme.write_text(f"above\n{begin}\nold\n{end}\nbelow\n")
+    files = [*report.RESULTS.glob("*.csv"), report.save(rows, results)]
+    cpu = next(path for path in files if report.device(report.load(path)) == "cpu")
+    monkeypatch.setattr("sys.argv", ["report", str(cpu), str(files[-1]), "--readme", str(readme)])
+    for _ in range(2):  # the second time between the markers that the first has made
+        report.main()
+        gpu_begin, gpu_end = report.markers("cuda")
+        assert readme.read_text() == (
+            f"above\n{begin}\n{report.table(report.load(cpu))}\n{end}\n\n"
+            f"{gpu_begin}\n{report.summary(rows)}\n{gpu_end}\nbelow\n"
+        )
+
+
+def test_the_latest_file_of_each_device_is_chosen(tmp_path):
+    for machine in ("H1", "H2"):
+        for date in ("2026-01-02", "2026-01-01"):
+            case = MAIN if machine == "H1" else TINY
+            report.save([{**a_row(case, "copy"), "machine": machine, "date": date}], tmp_path)
+    names = {path.name for path in report.latest(tmp_path)}
+    assert names == {"h1-torch2.11.0-2026-01-02.csv", "h2-torch2.11.0-2026-01-02.csv"}
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_readme_shows_files_of_results(device):
+    begin, end = report.markers(device)
+    shown = README.read_text().partition(begin)[2].partition(end)[0]
+    for path in report.RESULTS.glob("*.csv"):
+        rows = report.load(path)
+        if report.device(rows) == device:
+            shown = shown.replace(report.for_readme(rows), "")
+    assert not shown.strip()
 
 
 def test_peak_memory_of_a_step_is_its_gradient():
     case = Case("Llama 2", 32000, 128, "fp32")
-    assert 0.9 <= peak_memory(case, "eakd cpu") <= 1.2
+    assert 0.9 <= peak_on_cpu(case, "eakd cpu") <= 1.2
+
+
+@pytest.mark.gpu
+@needs_a_gpu
+@pytest.mark.parametrize(("rows", "clock"), [(512, "events"), (1, "wall")])
+def test_a_case_on_a_gpu(rows, clock, monkeypatch):
+    monkeypatch.setattr(measure, "providers", without_compiling)
+    case = replace(MAIN, vocab_size=32000, rows=rows)
+    lines = {row["provider"]: row for row in measure.measure(case, rounds=2)}
+    assert {row["clock"] for row in lines.values()} == {clock}
+    assert all(float(lines[name]["ms"]) > 0 for name in ("eager", "compile", "copy"))
+    measured = [row for name, row in lines.items() if name.startswith("eakd ") and row["ms"]]
+    assert measured
+    for row in measured:
+        assert bool(row["percent_at_5_streams"]) == bool(row["percent_of_copy"]) == (clock == "events")
+        assert rows == 1 or 0.99 <= float(row["peak_memory"]) <= 1.01
+
+
+@needs_no_gpu
+@pytest.mark.parametrize(
+    "script", [["benchmarks/gpu.py", "check"], ["benchmarks/gpu.py", "bench"], ["-m", "benchmarks", "--device", "cuda"]]
+)
+def test_without_a_gpu_there_is_one_line_and_no_success(script):
+    done = subprocess.run([sys.executable, *script], cwd=README.parent, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr.startswith("no GPU: torch ") and done.stderr.count("\n") == 1
+
+
+def test_steps_stop_when_time_is_up_and_tell_what_failed(tmp_path, capsys):
+    steps = gpu.Steps(tmp_path / "check.log", minutes=1 / 60)
+    status, _ = steps.run("sleeper", ["sleep", "60"])
+    steps.note("sleeper", status == 0, gpu.outcome(status, ""))
+    assert steps.run("speaker", ["echo", "said"]) == (0, "said\n")
+    assert steps.summary() == 1
+    assert capsys.readouterr().out.endswith("said\n\nsleeper: FAILED: out of time\n")
+    assert "said\n" in (tmp_path / "check.log").read_text()
+
+
+def test_what_pytest_and_the_sanitizer_say_is_put_into_a_line():
+    pytest_says = "....\n=== 12 passed, 3 deselected in 4.1s ===\n"
+    assert gpu.outcome(0, pytest_says) == "12 passed, 3 deselected in 4.1s"
+    assert gpu.outcome(86, f"{pytest_says}========= ERROR SUMMARY: 2 errors\n").endswith("; ERROR SUMMARY: 2 errors")
+    assert gpu.outcome(5, "no tests ran") == "no such test is marked gpu"
+
+
+def test_what_keeps_the_sanitizer_from_working_is_told():
+    refused = "========= COMPUTE-SANITIZER\n=========\n========= Error: Device not supported\n========= done\n"
+    assert gpu.refusal(1, refused) == "Error: Device not supported"
+    assert gpu.refusal(3, "========= COMPUTE-SANITIZER\n") == "status 3"
