@@ -171,13 +171,13 @@ class OnePass(Function):
 
     @staticmethod
     def forward(ctx, *arguments):
-        *operands, inplace, backend = arguments
+        *operands, inplace, ctx.backend = arguments
         if inplace:
             gradient = operands[0].detach()  # see _row_gradient
-            loss, statistics = ops.one_pass_(gradient, *operands[1:], backend)
+            loss, statistics = ops.one_pass_(gradient, *operands[1:], ctx.backend)
             torch.autograd.graph.increment_version(gradient)
         else:
-            loss, statistics, gradient = ops.one_pass(*operands, backend)
+            loss, statistics, gradient = ops.one_pass(*operands, ctx.backend)
         ctx.num_inputs = len(arguments)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(statistics)
@@ -189,13 +189,13 @@ class OnePass(Function):
         gradient, loss = ctx.saved_tensors
         grads = [None] * ctx.num_inputs
         if g_loss is not None:
-            grads[0] = _once(_scaled(gradient, g_loss), loss)
+            grads[0] = _once(_scaled(gradient, g_loss, ctx.backend), loss)
         return tuple(grads)
 
 
-def _scaled(gradient: Tensor, factor: Tensor) -> Tensor:
+def _scaled(gradient: Tensor, factor: Tensor, backend: str) -> Tensor:
     """gradient * factor with one rounding; over the gradient itself where nobody needs it afterwards."""
     if torch.compiler.is_compiling() or torch.is_grad_enabled() or _is_retained():
-        return ops.scale_gradient(gradient.detach(), factor)
-    ops.scale_gradient_(gradient, factor)
+        return ops.scale_gradient(gradient.detach(), factor, backend)
+    ops.scale_gradient_(gradient, factor, backend)
     return gradient

@@ -9,8 +9,9 @@ import torch
 
 from . import env
 
-# The order in which "auto" tries them.
 BACKENDS = ("cuda", "triton", "cpu", "reference")
+# What "auto" tries, in this order. On CPU tensors Triton is an interpreter, for who asks for it.
+_AUTOMATIC = {"cpu": ("cpu", "reference")}
 _log = logging.getLogger(__name__)
 
 
@@ -66,7 +67,7 @@ def resolve(backend: str, device: str, student_dtype: torch.dtype, teacher_dtype
         raise ValueError(f"{source} must be one of {('auto', *reversed(BACKENDS))}, got {wanted!r}")
     dtypes = (student_dtype, teacher_dtype)
     reasons = {}
-    for name in BACKENDS if automatic else (wanted,):
+    for name in _AUTOMATIC.get(device, BACKENDS) if automatic else (wanted,):
         reasons[name] = _reason(name, device, dtypes)
         if reasons[name] is None:
             if automatic:

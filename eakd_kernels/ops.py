@@ -3,6 +3,7 @@
     row_statistics   [..., V] x 2 -> [..., ] per field       two reads
     row_gradient     [..., V] x 2 and [...] per field -> [..., V]   two reads, one write
     one_pass         both, with the weight in between        two reads, one write in all
+    scale_gradient   a finished gradient times a scalar that lives on its device
 
 A trailing underscore writes the gradient over the student's logits. None of them is differentiable by itself:
 eakd_kernels.autograd wraps them.
@@ -159,26 +160,20 @@ _define(
 _define("one_pass_", f"{_ROWS_MUTABLE}, {_RULE}", "(Tensor, Tensor)", _one_pass_, _fake_loss)
 
 
-def _scale_gradient(gradient: Tensor, factor: Tensor) -> Tensor:
-    if gradient.device.type != "cpu":
-        return torch.mul(gradient, factor.to(statistics_dtype(gradient, gradient))).to(gradient.dtype)
-    # A 0-d tensor would be rounded to the gradient's dtype before the product; a Python number is not.
-    return gradient * factor.item()
+def _scale_gradient(gradient: Tensor, factor: Tensor, backend: str) -> Tensor:
+    out = torch.empty_like(gradient)
+    backend_module(backend).scale_gradient(gradient, factor, out)
+    return out
 
 
-def _scale_gradient_(gradient: Tensor, factor: Tensor) -> None:
-    if gradient.device.type != "cpu":
-        gradient.copy_(_scale_gradient(gradient, factor))
-    elif factor.item() != 1:
-        gradient.mul_(factor.item())
+def _scale_gradient_(gradient: Tensor, factor: Tensor, backend: str) -> None:
+    backend_module(backend).scale_gradient(gradient, factor, gradient)
 
 
-_library.define("scale_gradient(Tensor gradient, Tensor factor) -> Tensor")
-_library.impl("scale_gradient", _scale_gradient, "CompositeExplicitAutograd")
-torch.library.register_fake("eakd::scale_gradient", lambda gradient, _: torch.empty_like(gradient), lib=_library)
-_library.define("scale_gradient_(Tensor(a!) gradient, Tensor factor) -> ()")
-_library.impl("scale_gradient_", _scale_gradient_, "CompositeExplicitAutograd")
-torch.library.register_fake("eakd::scale_gradient_", lambda gradient, _: None, lib=_library)
+_define(
+    "scale_gradient", "Tensor gradient, Tensor factor", "Tensor", _scale_gradient, lambda g, *_: torch.empty_like(g)
+)
+_define("scale_gradient_", "Tensor(a!) gradient, Tensor factor", "()", _scale_gradient_, lambda *arguments: None)
 
 row_statistics = torch.ops.eakd.row_statistics.default
 row_gradient = torch.ops.eakd.row_gradient.default

@@ -27,3 +27,10 @@ def row_gradient(rows, statistics, upstream, gradient):
 
 def one_pass(rows, rule, gradient):
     return torch.ops.eakd_cpu.one_pass(*rows, *rule, gradient)
+
+
+def scale_gradient(gradient, factor, out):
+    # A 0-d tensor would be rounded to the gradient's dtype before the product; a Python number is not.
+    factor = factor.item()
+    if factor != 1 or out.data_ptr() != gradient.data_ptr():
+        torch.mul(gradient, factor, out=out)

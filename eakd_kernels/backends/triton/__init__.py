@@ -1,0 +1,47 @@
+"""Triton kernels, for every GPU that Triton reaches; under TRITON_INTERPRET=1 for CPU tensors, slowly.
+
+row_state, row_result                    the maths of a row
+tiles, rows                              how programs read and write rows, and the sweeps along them
+launch                                   which launch fits which tensors
+row_statistics, row_gradient, one_pass   the operators: kernels and launchers
+"""
+
+import torch
+
+try:
+    import numpy as np
+    import triton
+except ImportError as error:
+    raise ImportError(f"{error}; pip install triton numpy") from error
+
+from .one_pass import one_pass
+from .row_gradient import row_gradient, scale_gradient
+from .row_statistics import row_statistics
+from .tiles import INTERPRETED
+
+__all__ = ["one_pass", "row_gradient", "row_statistics", "scale_gradient", "unavailable_reason", "unsupported_reason"]
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def _version(module) -> tuple[int, ...]:
+    return tuple(int(part) for part in module.__version__.split(".")[:2])
+
+
+def unavailable_reason():
+    if not INTERPRETED.value:
+        there = torch.cuda.is_available() or torch.xpu.is_available()
+        return None if there else "there is no GPU; TRITON_INTERPRET=1 in the environment runs it on the CPU, slowly"
+    # https://github.com/triton-lang/triton/issues/9171
+    if _version(triton) < (3, 7) and _version(np) >= (2, 4):
+        return f"Triton {triton.__version__} interprets no loops with numpy {np.__version__}; it needs numpy < 2.4"
+    return None
+
+
+def unsupported_reason(device, dtypes):
+    devices = ("cpu",) if INTERPRETED.value else ("cuda", "xpu")
+    if device not in devices:
+        return f"it takes {' and '.join(devices)} tensors, got {device}"
+    if wrong := [str(dtype) for dtype in dtypes if dtype not in _DTYPES]:
+        return f'it takes float32, bfloat16 and float16, got {wrong[0]}; backend="reference" takes float64 too'
+    return None

@@ -1,0 +1,146 @@
+"""Row statistics: two reads of [rows, vocab], a few numbers a row.
+
+One program a row, or several rows a program for small vocabularies. Where rows are too few to fill the GPU, several
+programs share a row and leave partial states, which are merged in a fixed order.
+"""
+
+import triton
+import triton.language as tl
+
+from ...stats import STATISTICS, STATISTICS_WITH_SLOPES
+from . import launch
+from .row_result import finish, slopes
+from .row_state import HARD_OWN, RowState, fold, hard_sum
+from .rows import (
+    load_label,
+    load_pairs,
+    program_rows,
+    row_temperatures,
+    row_window,
+    rows_kept,
+    sum_row,
+    sum_rows,
+)
+from .tiles import number
+
+# RowState's fields and the label's logit, which a gradient written in place would destroy.
+PARTIAL_FIELDS = tl.constexpr(len(RowState._fields) + 1)
+MAX_SPLITS = tl.constexpr(launch.MAX_SPLITS)
+
+
+# ---- partial states [rows, PARTIAL_FIELDS, splits] ---------------------------------------------------------------
+
+
+@triton.jit
+def _partial_kernel(pairs, states, tile: tl.constexpr, f: tl.constexpr):
+    row, split = program_rows(pairs, tile)
+    kept = rows_kept(pairs, row)
+    k = row_temperatures(pairs, row, kept)
+    _, label_logit = load_label(pairs, row, kept, f)
+    s = sum_row(pairs, row_window(pairs, row, kept, tile), k, split, tile, f)
+    n = number(pairs.splits)
+    at = states + row * (PARTIAL_FIELDS * n) + split
+    for field in tl.static_range(len(s)):
+        tl.store(at + field * n, s[field])
+    tl.store(at + len(s) * n, label_logit)
+
+
+@triton.jit
+def load_partial(at, n, field: tl.constexpr, default):
+    i = tl.arange(0, MAX_SPLITS)
+    return tl.load(at + field * n + i, i < n, default)
+
+
+@triton.jit
+def merge_partials(pairs, states, row, k, f: tl.constexpr):
+    """(the state of a row, its label's logit)."""
+    n = number(pairs.splits)
+    at, nothing = states + row * (PARTIAL_FIELDS * n), -float("inf")
+    My, Mz = load_partial(at, n, 0, nothing), load_partial(at, n, 1, nothing)
+    A0, A1 = load_partial(at, n, 2, 0.0), load_partial(at, n, 3, 0.0)
+    E0, E1 = load_partial(at, n, 4, 0.0), load_partial(at, n, 5, 0.0)
+    B0, Bd, D0 = load_partial(at, n, 6, 0.0), load_partial(at, n, 7, 0.0), load_partial(at, n, 8, 0.0)
+    F0, B1, D1, Bbd = A0, A0, A0, A0  # stand-ins for what fold does not read
+    if f.HARD == HARD_OWN:
+        F0 = load_partial(at, n, 9, 0.0)
+    if f.SLOPES:
+        B1, D1, Bbd = load_partial(at, n, 10, 0.0), load_partial(at, n, 11, 0.0), load_partial(at, n, 12, 0.0)
+    lanes = RowState(My, Mz, A0, A1, E0, E1, B0, Bd, D0, F0, B1, D1, Bbd)
+    return fold(lanes, k, f), tl.load(at + (PARTIAL_FIELDS - 1) * n)
+
+
+# ---- statistics [fields, rows] -----------------------------------------------------------------------------------
+
+
+@triton.jit
+def store_field(out, field: tl.constexpr, rows, row, kept, value):
+    """The value of rows kept, 0 for others that are there. `row` is past them in a program that is not to store."""
+    tl.store(out + field * rows + row, tl.where(kept, value, 0.0), row < rows)
+
+
+@triton.jit
+def store_result(out, rows, row, kept, r):
+    """The public fields: RowResult has the order of eakd_kernels.stats.PUBLIC_FIELDS."""
+    for field in tl.static_range(len(r)):
+        store_field(out, field, rows, row, kept, r[field])
+
+
+@triton.jit
+def _statistics_kernel(
+    pairs,
+    out,  # [fields, rows], fp32
+    tile: tl.constexpr,
+    f: tl.constexpr,
+):
+    row, split = program_rows(pairs, tile)
+    kept = rows_kept(pairs, row)
+    k = row_temperatures(pairs, row, kept)
+    _, label_logit = load_label(pairs, row, kept, f)
+    if tile.ROWS > 0:
+        y, z = load_pairs(pairs, row, kept, tile)
+        s = sum_rows(y, z, k, tile, f)
+    else:
+        s = sum_row(pairs, row_window(pairs, row, kept, tile), k, split, tile, f)
+    store_statistics(out, number(pairs.student.rows), row, kept, s, k, label_logit, f)
+
+
+@triton.jit
+def _merged_statistics_kernel(pairs, states, out, tile: tl.constexpr, f: tl.constexpr):
+    row = tl.cast(tl.program_id(0), tl.int64)
+    kept = rows_kept(pairs, row)
+    k = row_temperatures(pairs, row, kept)
+    s, label_logit = merge_partials(pairs, states, row, k, f)
+    store_statistics(out, number(pairs.student.rows), row, kept, s, k, label_logit, f)
+
+
+@triton.jit
+def store_statistics(out, rows, row, kept, s, k, label_logit, f: tl.constexpr):
+    """In the order of eakd_kernels.stats.STATISTICS_WITH_SLOPES."""
+    store_result(out, rows, row, kept, finish(s, k, label_logit, f))
+    store_field(out, 6, rows, row, kept, s.My)
+    store_field(out, 7, rows, row, kept, s.Mz)
+    store_field(out, 8, rows, row, kept, s.B0)
+    store_field(out, 9, rows, row, kept, s.D0)
+    store_field(out, 10, rows, row, kept, s.E0)
+    store_field(out, 11, rows, row, kept, hard_sum(s, f))
+    if f.SLOPES:
+        divergence_slope, student_lse_slope = slopes(s, k)
+        store_field(out, 12, rows, row, kept, divergence_slope)
+        store_field(out, 13, rows, row, kept, student_lse_slope)
+
+
+def row_statistics(rows, temperature_slopes):
+    plan = launch.Plan(rows, "statistics", hard=rows.labels is not None, slopes=temperature_slopes)
+    fields = STATISTICS_WITH_SLOPES if temperature_slopes else STATISTICS
+    out = plan.new_empty(len(fields), *rows.student_logits.shape[:-1])
+    if plan.splits == 1:
+        plan.run(_statistics_kernel, out)
+    else:
+        plan.run_a_row(_merged_statistics_kernel, partial_states(plan), out)
+    return out
+
+
+def partial_states(plan):
+    states = plan.new_empty(plan.rows, PARTIAL_FIELDS.value, plan.splits)
+    plan.run(_partial_kernel, states)
+    return states
