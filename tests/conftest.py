@@ -3,15 +3,29 @@ import os
 import pytest
 import torch
 
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when the kernels are imported
+
 from eakd_kernels import available_backends
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-USABLE = [name for name, reason in available_backends().items() if reason is None]
+ON_GPU = {"triton", "cuda"} if torch.cuda.is_available() else set()
+USABLE = [
+    pytest.param(name, marks=pytest.mark.gpu) if name in ON_GPU else name
+    for name, reason in available_backends().items()
+    if reason is None
+]
 
 
 @pytest.fixture(autouse=True)
-def _seed():
+def _device_and_seed(request):
+    """A test of a GPU backend makes its tensors there."""
+    parameters = getattr(request.node, "callspec", None)
+    if parameters is not None and ON_GPU.intersection(map(str, parameters.params.values())):
+        torch.set_default_device("cuda")
     torch.manual_seed(0)
+    yield
+    torch.set_default_device(None)
 
 
 @pytest.fixture(params=USABLE)

@@ -7,11 +7,27 @@ import torch
 FLOATS = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 
+def interpreted(backend):
+    """Whether its kernels run, slowly, in Triton's interpreter."""
+    return backend == "triton" and not torch.cuda.is_available()
+
+
+def takes_fp64(backend):
+    return backend in ("reference", "cpu")
+
+
+def widest(backend):
+    """The dtype in which a backend is most exact."""
+    return torch.float64 if takes_fp64(backend) else torch.float32
+
+
 def make_logits(*shape, dtype=torch.float32, scale=3.0, seed=0, offset=0.0):
-    """A (student, teacher) pair; the student requires grad."""
-    generator = torch.Generator().manual_seed(seed)
-    student, teacher = (torch.randn(*shape, generator=generator, dtype=torch.float64) * scale for _ in range(2))
-    return (student + offset).to(dtype).requires_grad_(), (teacher - offset).to(dtype)
+    """A (student, teacher) pair, the same on every device; the student requires grad."""
+    generator = torch.Generator("cpu").manual_seed(seed)
+    draw = {"generator": generator, "dtype": torch.float64, "device": "cpu"}
+    student, teacher = (torch.randn(*shape, **draw) * scale for _ in range(2))
+    device = torch.get_default_device()
+    return (student + offset).to(device, dtype).requires_grad_(), (teacher - offset).to(device, dtype)
 
 
 def _entropy(log_p):

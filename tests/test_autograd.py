@@ -5,7 +5,7 @@ import weakref
 
 import pytest
 import torch
-from support import make_logits
+from support import make_logits, widest
 from torch.utils.checkpoint import checkpoint
 
 from eakd_kernels import autograd, distill_stats, ea_kd_loss, ops
@@ -122,7 +122,7 @@ def test_activation_checkpointing(reentrant, options, backend):
 
 def test_statistics_used_twice(backend):
     """Two losses off one call of distill_stats give the sum of their gradients."""
-    student, teacher = make_logits(4, 60, dtype=torch.float64)
+    student, teacher = make_logits(4, 60, dtype=widest(backend))
     stats = distill_stats(student, teacher, backend=backend)
     together = torch.autograd.grad(stats.divergence.sum() + stats.student_entropy.sum(), student, retain_graph=True)[0]
     apart = [
@@ -133,7 +133,7 @@ def test_statistics_used_twice(backend):
 
 def test_public_functions_compose(kernels):
     """autograd.RowStatistics is the operator that other losses can be built on."""
-    student, teacher = make_logits(4, 60, dtype=torch.float64)
+    student, teacher = make_logits(4, 60, dtype=widest(kernels))
     rows = ops.Rows(student, teacher, None, None, None, 2.0, 3.0, 60)
     divergence, teacher_entropy, *_ = autograd.RowStatistics.apply(*rows, False, kernels)
     stats = distill_stats(student, teacher, temperature=2.0, backend=kernels)

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from support import eager, leaf, make_logits
+from support import eager, leaf, make_logits, takes_fp64, widest
 
 from eakd_kernels import distill_stats, ea_kd_loss, ea_weights
 
@@ -26,6 +26,8 @@ def both_paths(student, teacher, **options):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("columns", [slice(90, 100), slice(0, 3), slice(17, 18)], ids=["tail", "head", "one"])
 def test_columns_masked_in_both(columns, dtype, backend):
+    if dtype == torch.float64 and not takes_fp64(backend):
+        pytest.skip("takes no fp64")
     student, teacher = make_logits(4, 100, dtype=dtype)
     masked = [tensor.detach().clone() for tensor in (student, teacher)]
     for tensor in masked:
@@ -56,7 +58,7 @@ def test_far_columns_at_temperatures_far_apart(tau, t, backend):
 
 
 def test_student_masked_under_teacher_mass(backend):
-    student, teacher = make_logits(3, 40, dtype=torch.float64)
+    student, teacher = make_logits(3, 40, dtype=widest(backend))
     z = student.detach().clone()
     z[1, 5] = -INF
     z.requires_grad_()
@@ -70,7 +72,7 @@ def test_student_masked_under_teacher_mass(backend):
 
 
 def test_zero_weight_silences_an_infinite_divergence(backend):
-    student, teacher = make_logits(3, 40, dtype=torch.float64)
+    student, teacher = make_logits(3, 40, dtype=widest(backend))
     z = student.detach().clone()
     z[1, 5] = -INF
     z.requires_grad_()
@@ -80,15 +82,15 @@ def test_zero_weight_silences_an_infinite_divergence(backend):
     loss = ea_kd_loss(z, teacher, weighting=torch.tensor([1.0, 0.0, 1.0]), backend=backend)
     assert loss.isfinite() and not gradient_of(loss, z)[1].any()
     # A one-hot teacher has entropy 0, hence weight 0, whatever the student says of its column.
-    one_hot = torch.full((1, 40), -INF, dtype=torch.float64)
+    one_hot = torch.full((1, 40), -INF, dtype=z.dtype)
     one_hot[0, 5] = 0.0
-    loss = ea_kd_loss(leaf(z[1:2], torch.float64), one_hot, backend=backend)
+    loss = ea_kd_loss(leaf(z[1:2], z.dtype), one_hot, backend=backend)
     assert loss == 0
 
 
 def test_zero_weight_silences_it_with_live_weights(backend):
-    z = leaf(torch.tensor([[-INF, 0.0, 0.0]]), torch.float64)
-    one_hot = torch.tensor([[0.0, -INF, -INF]], dtype=torch.float64)
+    z = leaf(torch.tensor([[-INF, 0.0, 0.0]]), widest(backend))
+    one_hot = torch.tensor([[0.0, -INF, -INF]], dtype=z.dtype)
     loss = ea_kd_loss(z, one_hot, detach_weights=False, backend=backend)
     assert loss == 0 and not gradient_of(loss, z).any()
 
@@ -141,7 +143,7 @@ def test_rows_left_out_are_not_read(junk, how, backend):
 
 
 def test_per_row_values_of_rows_left_out_do_not_matter(backend):
-    student, teacher = make_logits(3, 60, dtype=torch.float64)
+    student, teacher = make_logits(3, 60, dtype=widest(backend))
     mask = torch.tensor([True, False, True])
     temperature = torch.tensor([1.0, math.nan, 2.0], dtype=torch.float64, requires_grad=True)
     weighting = torch.tensor([1.0, math.nan, 2.0])
@@ -195,8 +197,8 @@ def test_no_rows_and_one_column(backend):
 
 @pytest.mark.parametrize("shape", [(60,), (1, 60), (2, 3, 60), (2, 3, 4, 60), (2, 1, 3, 1, 60)], ids=str)
 def test_any_leading_shape(shape, backend):
-    student, teacher = make_logits(*shape, dtype=torch.float64)
-    flat = leaf(student.reshape(-1, 60), torch.float64)
+    student, teacher = make_logits(*shape, dtype=widest(backend))
+    flat = leaf(student.reshape(-1, 60), student.dtype)
     rows = ea_kd_loss(student, teacher, reduction="none", backend=backend)
     want = ea_kd_loss(flat, teacher.reshape(-1, 60), reduction="none", backend=backend)
     assert rows.shape == shape[:-1]
@@ -241,7 +243,10 @@ def test_large_odd_alignment(kernels):
         moved = z.clone().requires_grad_()
         loss = ea_kd_loss(z.requires_grad_(), y, backend=kernels)
         want = ea_kd_loss(moved, y.clone(), backend=kernels)
-        assert torch.equal(loss, want) and torch.equal(gradient_of(loss, z), gradient_of(want, moved))
+        if kernels == "cpu":  # others choose a tile by the alignment, hence an order of summation
+            assert torch.equal(loss, want) and torch.equal(gradient_of(loss, z), gradient_of(want, moved))
+        torch.testing.assert_close(loss, want)
+        torch.testing.assert_close(gradient_of(loss, z), gradient_of(want, moved), rtol=1e-5, atol=1e-8)
 
 
 @pytest.mark.parametrize("widths", [(60, 60), (64, 60), (60, 70), (64, 70)], ids=str)
@@ -259,7 +264,7 @@ def test_vocab_size(widths, backend):
 
 
 def test_label_of_a_masked_column(backend):
-    student, teacher = make_logits(2, 60, dtype=torch.float64)
+    student, teacher = make_logits(2, 60, dtype=widest(backend))
     z = student.detach().clone()
     z[0, 7] = -INF
     z.requires_grad_()

@@ -12,6 +12,8 @@ from support import (
     eager,
     leaf,
     make_logits,
+    takes_fp64,
+    widest,
 )
 
 from benchmarks.cases import OTHER_SHAPES, QUICK_SHAPES
@@ -29,6 +31,13 @@ def exact_and_baseline(student, teacher, labels=None, **options):
     rows = [eager(z, teacher.detach().to(z.dtype), labels, **options) for z in wide]
     grads = [torch.autograd.grad(r["loss"].mean(), z)[0] for r, z in zip(rows, wide, strict=True)]
     return rows, grads
+
+
+def in_dtype(student, teacher, **options):
+    """Statistics and gradient of the eager formula in the logits' dtype."""
+    z = leaf(student, student.dtype)
+    rows = eager(z, teacher, **options)
+    return rows, torch.autograd.grad(rows["loss"].mean(), z, retain_graph=True)[0]
 
 
 def check_everything(student, teacher, backend, labels=None, tau=1.0, t=3.0, ce_weight=0.0, **options):
@@ -71,6 +80,10 @@ def test_temperatures(tau, t, dtype, kernels):
 def test_dtype_pairs(student_dtype, teacher_dtype, backend):
     student, teacher = make_logits(4, 333)[0].detach().to(student_dtype), make_logits(4, 333)[1].to(teacher_dtype)
     student.requires_grad_()
+    if torch.float64 in (student_dtype, teacher_dtype) and not takes_fp64(backend):
+        with pytest.raises(RuntimeError, match=r'float64.*"reference"'):
+            ea_kd_loss(student, teacher, backend=backend)
+        return
     loss = ea_kd_loss(student, teacher, backend=backend)
     wide = torch.float64 if torch.float64 in (student_dtype, teacher_dtype) else torch.float32
     assert loss.dtype == wide
@@ -104,15 +117,15 @@ def test_model_vocabularies(model, vocab_size, rows, kernels):
 @pytest.mark.parametrize("weighting", ["ea", "teacher", "student", "none"])
 @pytest.mark.parametrize("detach", [True, False])
 def test_weightings(weighting, detach, backend):
-    student, teacher = make_logits(6, 50, dtype=torch.float64)
-    rows, (exact, _) = exact_and_baseline(student, teacher, weighting=weighting, detach=detach)
+    student, teacher = make_logits(6, 50, dtype=widest(backend))
+    rows, exact = in_dtype(student, teacher, weighting=weighting, detach=detach)
     loss = ea_kd_loss(student, teacher, weighting=weighting, detach_weights=detach, backend=backend)
-    torch.testing.assert_close(loss, rows[0]["loss"].mean())
+    torch.testing.assert_close(loss, rows["loss"].mean())
     torch.testing.assert_close(torch.autograd.grad(loss, student)[0], exact)
 
 
 def test_weight_tensor_and_callable(backend):
-    student, teacher = make_logits(6, 50, dtype=torch.float64)
+    student, teacher = make_logits(6, 50, dtype=widest(backend))
     given = torch.rand(6, dtype=torch.float64)
     plain = distill_stats(student, teacher, weighting="none", backend=backend)
     loss = ea_kd_loss(student, teacher, weighting=given.float(), backend=backend)
@@ -130,44 +143,44 @@ def test_weight_tensor_and_callable(backend):
 
     live = distill_stats(student, teacher, weighting=lambda s: s.student_entropy, detach_weights=False, backend=backend)
     ours = torch.autograd.grad(live.loss.sum(), student)[0]
-    z = leaf(student, torch.float64)
+    z = leaf(student, student.dtype)
     rows = eager(z, teacher, weighting="student", detach=False)
     torch.testing.assert_close(ours, torch.autograd.grad(rows["loss"].sum(), z)[0])
 
 
 def test_weight_tensor_gets_gradient_only_when_live(backend):
-    student, teacher = make_logits(6, 50, dtype=torch.float64)
+    student, teacher = make_logits(6, 50, dtype=widest(backend))
     given = torch.rand(6, dtype=torch.float64, requires_grad=True)
     loss = ea_kd_loss(student, teacher, weighting=given, detach_weights=False, backend=backend)
     (gradient,) = torch.autograd.grad(loss, given)
     divergence = distill_stats(student, teacher, backend=backend).divergence
-    torch.testing.assert_close(gradient, divergence.detach() / 6)
+    torch.testing.assert_close(gradient, divergence.detach().double() / 6)
     assert not torch.autograd.grad(
         ea_kd_loss(student, teacher, weighting=given, backend=backend), (student, given), allow_unused=True
     )[1:][0]
 
 
 def test_weight_norms(backend):
-    student, teacher = make_logits(3, 4, 50, dtype=torch.float64)
+    student, teacher = make_logits(3, 4, 50, dtype=widest(backend))
     mask = torch.rand(3, 4) > 0.3
     plain = ea_weights(student, teacher, mask=mask, backend=backend)
     bound = ea_weights(student, teacher, mask=mask, weight_norm="bound", backend=backend)
     mean = ea_weights(student, teacher, mask=mask, weight_norm="mean", backend=backend)
     torch.testing.assert_close(bound, plain / math.log(50))
-    torch.testing.assert_close(mean[mask].mean(), torch.ones((), dtype=torch.float64))
+    torch.testing.assert_close(mean[mask].mean(), torch.ones((), dtype=widest(backend)))
     torch.testing.assert_close(mean / mean.sum(), plain / plain.sum())
     assert not plain[~mask].any() and not mean[~mask].any()
     for weighting in (torch.full((3, 4), 3.0), lambda stats: torch.full_like(stats.divergence, 3.0)):
         stats = distill_stats(student, teacher, weighting=weighting, weight_norm="mean", mask=mask, backend=backend)
-        torch.testing.assert_close(stats.weight, mask.double())
+        torch.testing.assert_close(stats.weight, mask.to(student.dtype))
         stats = distill_stats(student, teacher, weighting=weighting, weight_norm="bound", backend=backend)
-        torch.testing.assert_close(stats.weight, torch.full((3, 4), 3 / math.log(50), dtype=torch.float64))
+        torch.testing.assert_close(stats.weight, torch.full((3, 4), 3 / math.log(50), dtype=widest(backend)))
     zero = distill_stats(student, teacher, weighting=torch.zeros(3, 4), weight_norm="mean", backend=backend)
     assert not zero.weight.any() and not zero.loss.any()
 
 
 def test_reductions_and_num_items(backend):
-    student, teacher = make_logits(3, 4, 50, dtype=torch.float64)
+    student, teacher = make_logits(3, 4, 50, dtype=widest(backend))
     mask = torch.rand(3, 4) > 0.3
     rows = ea_kd_loss(student, teacher, mask=mask, reduction="none", backend=backend)
     assert rows.shape == (3, 4) and not rows[~mask].any()
@@ -192,7 +205,7 @@ def test_reductions_and_num_items(backend):
 
 
 def test_scale_of_the_divergence(backend):
-    student, teacher = make_logits(4, 50, dtype=torch.float64)
+    student, teacher = make_logits(4, 50, dtype=widest(backend))
     options = {"temperature": 3.0, "weighting": "none", "backend": backend}
     scaled = ea_kd_loss(student, teacher, **options)
     bare = ea_kd_loss(student, teacher, scale_by_temperature_squared=False, **options)
@@ -201,15 +214,15 @@ def test_scale_of_the_divergence(backend):
 
 
 def test_entropy_bound(backend):
-    student, teacher = make_logits(4, 50, dtype=torch.float64)
-    rows, _ = exact_and_baseline(student, teacher, bound=100.0)
+    student, teacher = make_logits(4, 50, dtype=widest(backend))
+    rows, _ = in_dtype(student, teacher, bound=100.0)
     stats = distill_stats(student, teacher, entropy_bound=100, backend=backend)
-    torch.testing.assert_close(stats.weight, rows[0]["weight"])
+    torch.testing.assert_close(stats.weight, rows["weight"])
 
 
 def test_cross_entropy_alone(backend):
     """kd_weight=0 leaves the hard-label term, and a divergence that is infinite has no say in it."""
-    student, teacher = make_logits(4, 50, dtype=torch.float64)
+    student, teacher = make_logits(4, 50, dtype=widest(backend))
     labels = torch.randint(1, 50, (4,))
     blocked = torch.cat([torch.full((4, 1), -torch.inf), student.detach()[:, 1:]], -1).requires_grad_()
     loss = ea_kd_loss(blocked, teacher, labels, kd_weight=0, ce_weight=1, backend=backend)
@@ -219,16 +232,16 @@ def test_cross_entropy_alone(backend):
 
 
 def test_per_row_temperature(backend):
-    student, teacher = make_logits(2, 3, 400, dtype=torch.float64)
+    student, teacher = make_logits(2, 3, 400, dtype=widest(backend))
     temperature = torch.tensor([[1.0, 2.0, 3.0], [0.7, 1.9, 9.0]], dtype=torch.float64)
     loss = ea_kd_loss(student, teacher, temperature=temperature, reduction="none", backend=backend)
     one_pass = ea_kd_loss(student, teacher, temperature=temperature, reduction="sum", backend=backend)
     gradients = [torch.autograd.grad(x.sum(), student, retain_graph=True)[0] for x in (loss, one_pass)]
     for i in range(2):
         for j in range(3):
-            z = leaf(student[i, j], torch.float64)
+            z = leaf(student[i, j], student.dtype)
             want = eager(z, teacher[i, j], tau=temperature[i, j].item())["loss"]
-            torch.testing.assert_close(loss[i, j], want)
+            torch.testing.assert_close(loss[i, j], want, rtol=4e-6, atol=1e-7)
             for gradient in gradients:
                 torch.testing.assert_close(gradient[i, j], torch.autograd.grad(want, z, retain_graph=True)[0])
     torch.testing.assert_close(one_pass, loss.sum())
@@ -278,6 +291,8 @@ def test_numpy_scalars_are_numbers(backend):
 @pytest.mark.parametrize("weight_norm", ["none", "mean", "bound"])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_gradcheck(detach, weight_norm, reduction, backend):
+    if not takes_fp64(backend):
+        pytest.skip("needs fp64; test_gradients_are_the_references has the same cases")
     student, teacher = make_logits(2, 2, 9, dtype=torch.float64)
     labels = torch.tensor([[1, -100], [3, 8]])
     options = {"temperature": 1.7, "ce_weight": 0.3, "weight_norm": weight_norm, "backend": backend}
@@ -295,8 +310,38 @@ def test_gradcheck(detach, weight_norm, reduction, backend):
         torch.testing.assert_close(ours[0], torch.autograd.grad(loss(student).sum(), student)[0])
 
 
+@pytest.mark.parametrize("detach", [True, False])
+@pytest.mark.parametrize("weight_norm", ["none", "mean", "bound"])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("shape", [None, (), (2, 2)], ids=["no tensor", "0-d", "per row"])
+def test_gradients_are_the_references(detach, weight_norm, reduction, shape, kernels):
+    """In fp32 against fp64, with every term and row-dependent upstream gradients."""
+    labels, upstream = torch.tensor([[1, -100], [3, 8]]), torch.rand(2, 2) if reduction == "none" else torch.rand(())
+    tau = 1.7 if shape is None else 1 + torch.rand(shape)
+    results = []
+    for dtype, backend in ((torch.float32, kernels), (torch.float64, "reference")):
+        student, teacher = make_logits(2, 2, 9, dtype=torch.float32)
+        inputs = [leaf(student, dtype)] + ([] if shape is None else [leaf(tau, dtype)])
+        loss = ea_kd_loss(
+            inputs[0],
+            teacher.to(dtype),
+            labels,
+            temperature=tau if shape is None else inputs[1],
+            ce_weight=0.3,
+            weight_norm=weight_norm,
+            detach_weights=detach,
+            reduction=reduction,
+            backend=backend,
+        )
+        results.append(torch.autograd.grad((loss * upstream).sum(), inputs))
+    for got, exact in zip(*results, strict=True):
+        torch.testing.assert_close(got.double(), exact, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("shape", [(), (2, 2)], ids=["0-d", "per row"])
 def test_gradcheck_temperature(shape, backend):
+    if not takes_fp64(backend):
+        pytest.skip("needs fp64; test_gradients_are_the_references has the same cases")
     student, teacher = make_logits(2, 2, 9, dtype=torch.float64)
     mask = torch.tensor([[True, False], [True, True]])
     temperature = (1 + torch.rand(shape, dtype=torch.float64)).requires_grad_()
@@ -309,7 +354,7 @@ def test_gradcheck_temperature(shape, backend):
 
 
 def test_statistics_are_differentiable_as_promised(backend):
-    student, teacher = make_logits(4, 9, dtype=torch.float64)
+    student, teacher = make_logits(4, 9, dtype=widest(backend))
     labels = torch.randint(0, 9, (4,))
     stats = distill_stats(student, teacher, labels, backend=backend)
     live = {name for name, field in stats._asdict().items() if field.requires_grad}
@@ -320,7 +365,7 @@ def test_statistics_are_differentiable_as_promised(backend):
     assert not any(field.requires_grad for field in returned)
     assert distill_stats(student, teacher, backend=backend).cross_entropy is None
     for name in ("student_entropy", "student_lse", "cross_entropy"):
-        z = leaf(student, torch.float64)
+        z = leaf(student, student.dtype)
         want = torch.autograd.grad(eager(z, teacher, labels)[name].sum(), z)[0]
         got = torch.autograd.grad(getattr(stats, name).sum(), student, retain_graph=True)[0]
         torch.testing.assert_close(got, want)
@@ -334,7 +379,7 @@ def test_ea_weights_match_the_loss(backend):
 
 
 def test_upstream_gradient_is_applied(backend):
-    student, teacher = make_logits(4, 60, dtype=torch.float64)
+    student, teacher = make_logits(4, 60, dtype=widest(backend))
     loss = ea_kd_loss(student, teacher, backend=backend)
     (plain,) = torch.autograd.grad(loss, student, retain_graph=True)
     (tripled,) = torch.autograd.grad(3 * loss, student)

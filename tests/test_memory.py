@@ -8,7 +8,7 @@ import pytest
 import torch
 from support import make_logits
 
-from eakd_kernels import ea_kd_loss
+from eakd_kernels import available_backends, ea_kd_loss
 
 BYTES_PER_ROW = 64
 
@@ -33,7 +33,7 @@ def saved_bytes(loss_of):
     ids=str,
 )
 def test_retained_between_forward_and_backward(dtype, options, kernels):
-    rows, vocab_size = 64, 5000
+    rows, vocab_size = 8, 5000
     student, teacher = make_logits(rows, vocab_size, dtype=dtype)
     labels = torch.randint(0, vocab_size, (rows,))
     _, storages = saved_bytes(lambda: ea_kd_loss(student, teacher, labels, backend=kernels, **options).sum())
@@ -49,7 +49,7 @@ def test_retained_between_forward_and_backward(dtype, options, kernels):
 MEASURE = textwrap.dedent(
     """
     import sys, torch
-    from eakd_kernels import ea_kd_loss
+    from eakd_kernels import available_backends, ea_kd_loss
     rows, vocab, dtype, options = eval(sys.argv[1])
     torch.set_num_threads(2)
 
@@ -81,17 +81,39 @@ MEASURE = textwrap.dedent(
 )
 
 
-@pytest.mark.parametrize(
+BUFFERS = pytest.mark.parametrize(
     "options, buffers",
     [({}, 1), ({"reduction": "none"}, 1), ({"weight_norm": "mean"}, 1), ({"inplace_gradient": True}, 0)],
     ids=str,
 )
+
+
+@BUFFERS
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_peak_of_the_process(options, buffers, dtype, kernels):
+def test_peak_of_the_process(options, buffers, dtype):
+    if (reason := available_backends()["cpu"]) is not None:
+        pytest.skip(reason)
     rows, vocab_size = 256, 100_000
-    arguments = repr((rows, vocab_size, dtype, {**options, "backend": kernels}))
+    arguments = repr((rows, vocab_size, dtype, {**options, "backend": "cpu"}))
     done = subprocess.run([sys.executable, "-c", MEASURE, arguments], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     tensor = rows * vocab_size * torch.finfo(dtype).bits // 8
     scratch = 16 << 20  # threads' rows of exponentials, allocator and huge-page rounding; none of it grows with rows
     assert int(done.stdout) <= buffers * tensor + scratch
+
+
+@BUFFERS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_peak_on_the_gpu(options, buffers, dtype, kernels):
+    if torch.get_default_device().type != "cuda":
+        pytest.skip("a backend of the CPU")
+    rows, vocab_size = 256, 100_000
+    leaf, teacher = make_logits(rows, vocab_size, dtype=dtype)
+    student = leaf * 1
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    loss = ea_kd_loss(student, teacher, backend=kernels, **options)
+    torch.autograd.grad(loss.sum(), student)
+    peak = torch.cuda.max_memory_allocated() - before
+    granules = 32 * 512  # of the allocator, for a few small tensors
+    assert peak <= buffers * student.nbytes + 2 * BYTES_PER_ROW * rows + granules
