@@ -202,8 +202,9 @@ def share(rows: int, columns: int, tile: Tile, processors: int) -> tuple[int, in
 
 def features(rows, operation, hard, entropy, slopes, rule) -> Features:
     tau, t = (rows.temperature if rows.temperatures is None else math.nan), rows.entropy_temperature
-    # The gradient alone has no use for exponentials at both temperatures.
-    ratio = next((r for r in RATIOS if r[0] * tau == r[1] * t), (0, 0)) if operation != "gradient" else (0, 0)
+    ratio = next((r for r in RATIOS if r[0] * tau == r[1] * t), (0, 0))
+    if operation == "gradient" or slopes:  # the one has no use for exponentials at both temperatures, the other no form
+        ratio = (0, 0)
     where = HARD_AT_TAU if tau == 1 else HARD_AT_T if t == 1 else HARD_OWN
     weighting, tau_squared = (0, False) if rule is None else (rule.weighting, rule.tau_squared)
     return Features(*ratio, where.value if hard else NO_HARD.value, slopes, entropy, weighting, tau_squared)

@@ -90,18 +90,19 @@ def _merged_one_pass_kernel(pairs, states, rule, weights, denominator, out, tile
 
 @triton.jit
 def _total_kernel(
-    losses,  # [rows]
+    statistics,  # [fields, rows]
+    FIELD: tl.constexpr,
     denominator,
     total,  # one number
     num_rows,
     scale,
     BLOCK: tl.constexpr,
 ):
-    """scale / denominator * sum over rows, in a fixed order."""
+    """scale / denominator * sum of a field over the rows, in a fixed order."""
     lanes = tl.zeros([BLOCK], tl.float32)
     i, rows = tl.arange(0, BLOCK), number(num_rows)
     for start in range(0, rows, BLOCK):
-        lanes += tl.load(losses + start + i, start + i < rows, 0.0)
+        lanes += tl.load(statistics + FIELD * rows + start + i, start + i < rows, 0.0)
     factor = tl.cast(scale, tl.float32)
     if denominator is not None:
         factor = tl.div_rn(factor, tl.load(denominator).to(tl.float32))
@@ -125,6 +126,7 @@ def one_pass(rows, rule, gradient):
     else:
         plan.run(_merged_one_pass_kernel, partial_states(plan), *arguments)
     total, warps, block = plan.new_empty(), 8, 2048
-    arguments = (out[-1], rule.denominator, total, unspecialised(plan.rows), float(rule.scale), block)
+    loss = LOSS_STATISTICS.index("loss")
+    arguments = (out, loss, rule.denominator, total, unspecialised(plan.rows), float(rule.scale), block)
     launch.run(_total_kernel, 1, warps, plan.device, *arguments)
     return total, out

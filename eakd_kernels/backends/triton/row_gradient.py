@@ -102,11 +102,15 @@ def _scale_kernel(
     size, step = number(numel), tl.num_programs(0).to(tl.int64) * BLOCK
     if IN_PLACE:
         size = tl.where(by == 1, 0, size)
+    i = tl.arange(0, BLOCK)
     for start in range(tl.program_id(0).to(tl.int64) * BLOCK, size, step):
-        left = tl.minimum(size - start, BLOCK).to(tl.int32)
-        i = tl.arange(0, BLOCK)
-        scaled = tl.load(gradient + start + i, i < left).to(tl.float32) * by
-        tl.store(out + start + i, rounded(scaled, out.dtype.element_ty), i < left)
+        left = size - start
+        if left >= BLOCK:  # no mask, so that it goes by vectors
+            scaled = tl.load(gradient + start + i).to(tl.float32) * by
+            tl.store(out + start + i, rounded(scaled, out.dtype.element_ty))
+        else:
+            scaled = tl.load(gradient + start + i, i < left).to(tl.float32) * by
+            tl.store(out + start + i, rounded(scaled, out.dtype.element_ty), i < left)
 
 
 def scale_gradient(gradient, factor, out):
