@@ -32,7 +32,7 @@ smoke: $(VENV)/.installed $(VENV)/.teacher
 sanitize: $(VENV)/.installed
 	EAKD_SANITIZE=address,undefined $(PY) setup.py --quiet build --build-lib out/sanitize/lib --build-temp out/sanitize/tmp
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
-	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1 $(PY) -m pytest -o "pythonpath=out/sanitize/lib ." -m "not slow" \
+	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1 $(PY) -m pytest -o "pythonpath=out/sanitize/lib ." -m "not slow" -k "not triton" \
 		tests/test_conformance.py tests/test_functional.py tests/test_edges.py tests/test_ops.py tests/backends/test_cpu.py
 
 bench: $(VENV)/.installed

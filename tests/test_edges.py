@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from support import eager, leaf, make_logits, takes_fp64, widest
+from support import eager, interpreted, leaf, make_logits, takes_fp64, widest
 
 from eakd_kernels import distill_stats, ea_kd_loss, ea_weights
 
@@ -237,7 +237,7 @@ def test_large_odd_alignment(kernels):
     """Rows that start at every offset within a vector, large enough for several segments."""
     columns = 2 * 16384 + 77
     student, teacher = make_logits(5 * columns + 64)
-    for offset in range(0, 20, 3):
+    for offset in (0, 3) if interpreted(kernels) else range(0, 20, 3):
         z = student.detach()[offset : offset + 5 * columns].view(5, columns)
         y = teacher[offset + 1 : offset + 1 + 5 * columns].view(5, columns)
         moved = z.clone().requires_grad_()

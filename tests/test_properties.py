@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import make_logits, widest
+from support import interpreted, make_logits, widest
 
 from eakd_kernels import distill_stats, ea_kd_loss
 
@@ -21,7 +21,6 @@ problems = st.fixed_dictionaries(
         "t": TEMPERATURES,
     }
 )
-checked = settings(max_examples=40, deadline=None)
 
 
 class Problem:
@@ -51,18 +50,17 @@ def assert_same(got, want):
 
 
 def for_every_problem(check):
-    @checked
-    @given(problem=problems)
-    def run(backend, problem):
-        check(Problem(backend, **problem))
-
     def test(backend):
-        run(backend=backend)
+        @settings(max_examples=10 if interpreted(backend) else 40, deadline=None)
+        @given(problem=problems)
+        def run(problem):
+            check(Problem(backend, **problem))
+
+        run()
 
     return test
 
 
-# hypothesis reuses function-scoped fixtures, which is fine here: a backend's name has no state.
 @for_every_problem
 def test_shifts_change_nothing_but_lse(p):
     shifted = p.stats(p.student.detach() + 7.5, p.teacher - 11.25)
