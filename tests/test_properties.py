@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from support import interpreted, make_logits, widest
 
@@ -14,7 +14,7 @@ TEMPERATURES = st.sampled_from([0.5, 1.0, 1.7, 2.0, 3.0, 4.0, 10.0])
 problems = st.fixed_dictionaries(
     {
         "rows": st.integers(1, 5),
-        "vocab_size": st.one_of(st.integers(2, 70), st.integers(2000, 2100)),
+        "vocab_size": st.one_of(st.integers(2, 70), st.integers(2000, 2100), st.integers(4090, 4110)),
         "scale": st.sampled_from([1e-3, 1.0, 5.0, 30.0]),
         "seed": st.integers(0, 2**31 - 1),
         "tau": TEMPERATURES,
@@ -27,6 +27,7 @@ class Problem:
     def __init__(self, backend, rows, vocab_size, scale, seed, tau, t):
         pair = make_logits(rows, vocab_size, scale=scale, seed=seed, dtype=widest(backend))
         self.student, self.teacher = pair
+        self.tau = tau
         self.options = {"temperature": tau, "entropy_temperature": t, "backend": backend}
 
     def stats(self, student=None, teacher=None, **options):
@@ -44,14 +45,24 @@ TOLERANCE = {torch.float64: (1e-9, 1e-10), torch.float32: (1e-4, 1e-4)}
 TINY = {torch.float64: 1e-12, torch.float32: 4e-6}
 
 
-def assert_same(got, want):
+def assert_same(got, want, factor=1.0):
+    """factor: what multiplies a divergence in it."""
     rtol, atol = TOLERANCE[got.dtype]
-    torch.testing.assert_close(got, want, rtol=rtol, atol=atol)
+    torch.testing.assert_close(got, want, rtol=rtol, atol=atol * max(1.0, factor))
+
+
+def assert_same_stats(got, want, tau, without=()):
+    for name, field in want._asdict().items():
+        if field is not None and name not in without:
+            factor = tau**2 * want.weight.max().item() if name == "loss" else 1.0
+            assert_same(getattr(got, name), field, factor)
 
 
 def for_every_problem(check):
     def test(backend):
-        @settings(max_examples=10 if interpreted(backend) else 40, deadline=None)
+        slow = {"max_examples": 10, "phases": [Phase.explicit, Phase.reuse, Phase.generate]}  # shrinking takes minutes
+
+        @settings(deadline=None, **(slow if interpreted(backend) else {"max_examples": 40}))
         @given(problem=problems)
         def run(problem):
             check(Problem(backend, **problem))
@@ -64,17 +75,15 @@ def for_every_problem(check):
 @for_every_problem
 def test_shifts_change_nothing_but_lse(p):
     shifted = p.stats(p.student.detach() + 7.5, p.teacher - 11.25)
-    for name, want in p.stats()._asdict().items():
-        if name not in ("student_lse", "teacher_lse", "cross_entropy"):
-            assert_same(getattr(shifted, name), want)
+    assert_same_stats(shifted, p.stats(), p.tau, without=("student_lse", "teacher_lse"))
     assert_same(shifted.student_lse, p.stats().student_lse + 7.5 / p.options["temperature"])
     assert_same(p.gradient(p.student.detach() + 7.5, p.teacher - 11.25), p.gradient())
 
 
 @for_every_problem
 def test_order_of_the_vocabulary_does_not_matter(p):
-    order = torch.randperm(p.student.shape[-1])
-    assert_same(p.stats(p.student[:, order], p.teacher[:, order]).loss, p.stats().loss)
+    order = torch.arange(p.student.shape[-1]).flip(0).roll(len(p.student))
+    assert_same_stats(p.stats(p.student[:, order], p.teacher[:, order]), p.stats(), p.tau)
     assert_same(p.gradient(p.student[:, order], p.teacher[:, order]), p.gradient()[:, order])
 
 
@@ -110,15 +119,13 @@ def test_masked_columns_change_nothing(p):
     pad = torch.full((len(p.student), 3), -torch.inf, dtype=p.student.dtype)
     bound = {"entropy_bound": math.log(p.student.shape[-1])}
     padded = p.stats(torch.cat([pad, p.student], -1), torch.cat([pad, p.teacher], -1), **bound)
-    for got, want in zip(padded, p.stats(**bound), strict=True):
-        if want is not None:
-            assert_same(got, want)
+    assert_same_stats(padded, p.stats(**bound), p.tau)
 
 
 @for_every_problem
 def test_rows_are_independent(p):
     """Permuting the weights relative to the rows changes the loss as it should: no outer product."""
-    weights = torch.rand(len(p.student), dtype=p.student.dtype)
+    weights = torch.linspace(0, 1, len(p.student), dtype=p.student.dtype)
     stats = p.stats(weighting="none")
     loss = ea_kd_loss(p.student, p.teacher, weighting=weights, reduction="none", **p.options)
     assert_same(loss, weights * stats.loss)

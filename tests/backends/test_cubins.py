@@ -15,12 +15,12 @@ if not (Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump").exists()
 
 HERE = Path(__file__).parent
 TASKS = [("table", 90), ("variants", 90), ("kernels", 80), ("kernels", 100), ("bad", 90), ("recompilations", 90)]
-# Loads and stores of whole tiles, by kernel: sweeps that read both logits, sweeps that write the gradient.
+# Sweeps in the code that read both logits (statistics with guards against -inf and without), and that write a gradient.
 SWEEPS = {
-    "statistics_kernel": (1, 0),
-    "partial_kernel": (1, 0),
+    "statistics_kernel": (2, 0),
+    "partial_kernel": (2, 0),
     "gradient_kernel": (1, 1),
-    "one_pass_kernel": (2, 1),
+    "one_pass_kernel": (3, 1),
     "merged_one_pass_kernel": (1, 1),
     "merged_statistics_kernel": (0, 0),
 }

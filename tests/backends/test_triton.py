@@ -17,7 +17,8 @@ import triton.language as tl
 
 from eakd_kernels.backends import triton as kernels
 from eakd_kernels.backends.triton import launch
-from eakd_kernels.backends.triton.tiles import COLUMNS, STRIDED, VECTORS, WINDOW, number, rounded, unspecialised
+from eakd_kernels.backends.triton.arithmetic import rounded
+from eakd_kernels.backends.triton.tiles import COLUMNS, STRIDED, VECTORS, WINDOW, number, unspecialised
 
 pytestmark = [] if interpreted("triton") else [pytest.mark.gpu]
 needs_gpu = pytest.mark.skipif(interpreted("triton"), reason="needs a GPU")
@@ -115,6 +116,45 @@ def test_layout_finds_two_strides():
     assert launch.layout((2, 1, 3, 50), (0, 7, 50, 1)) == (6, 50, 3, 0, 50, 1)
     assert launch.layout((50,), (1,)) == (1, 50, 1, 0, 0, 1)
     assert launch.layout((2, 3, 4, 50), (1000, 10, 100, 1)) is None
+
+
+# ---- guards ------------------------------------------------------------------------------------------------------
+
+MASKED = {
+    "one column": slice(17, 18),
+    "the first tile": slice(0, 2048),
+    "the last tile": slice(4096, None),
+    "a lane": slice(2048, 2056),
+    "all but one": slice(1, None),
+}
+
+
+@pytest.mark.parametrize("low", [-math.inf, torch.finfo(torch.float32).min, -1e29, -1e31], ids=str)
+@pytest.mark.parametrize("columns", MASKED.values(), ids=MASKED)
+def test_masked_logits_of_any_size(low, columns):
+    """The first sweep does without guards; what it cannot take, it must notice."""
+    student, teacher = make_logits(2, 5003)
+    z, y = student.detach().clone(), teacher.clone()
+    z[0, columns] = y[0, columns] = low
+    keep = torch.ones(5003, dtype=torch.bool)
+    keep[columns] = False
+    options = {"entropy_bound": 8.5, "temperature": 2.0, "backend": "triton"}
+    loss, stats = ea_kd_loss(z.requires_grad_(), y, return_stats=True, **options)
+    (gradient,) = torch.autograd.grad(loss, z)
+    narrow = z.detach()[:1, keep].requires_grad_()
+    want = ea_kd_loss(narrow, y[:1, keep], **options)
+    torch.testing.assert_close(stats.loss[:1], want.detach()[None])
+    torch.testing.assert_close(2 * gradient[:1, keep], torch.autograd.grad(want, narrow)[0], rtol=1e-5, atol=1e-8)
+    assert not gradient[0, ~keep].any() and gradient[1].all()
+
+
+@pytest.mark.parametrize("low", [torch.finfo(torch.float32).min, -1e30, -1e29, -1e20], ids=str)
+def test_rows_of_nothing_but_small_logits(low):
+    """They are ordinary logits: such a row is uniform."""
+    z = torch.full((2, 5003), low, requires_grad=True)
+    loss, stats = ea_kd_loss(z, z.detach(), return_stats=True, backend="triton")
+    torch.testing.assert_close(stats.teacher_entropy, torch.full((2,), math.log(5003)))
+    assert loss.abs() < 1e-5 and torch.autograd.grad(loss, z)[0].isfinite().all()
 
 
 # ---- rows shared by programs -------------------------------------------------------------------------------------

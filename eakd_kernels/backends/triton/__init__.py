@@ -14,10 +14,10 @@ try:
 except ImportError as error:
     raise ImportError(f"{error}; pip install triton numpy") from error
 
+from .arithmetic import INTERPRETED
 from .one_pass import one_pass
 from .row_gradient import row_gradient, scale_gradient
 from .row_statistics import row_statistics
-from .tiles import INTERPRETED
 
 __all__ = ["one_pass", "row_gradient", "row_statistics", "scale_gradient", "unavailable_reason", "unsupported_reason"]
 

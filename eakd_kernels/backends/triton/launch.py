@@ -8,9 +8,10 @@ import numpy as np
 import torch
 import triton
 
+from .arithmetic import INTERPRETED
 from .row_state import HARD_AT_T, HARD_AT_TAU, HARD_OWN, NO_HARD, Features, Temperatures
 from .rows import PerRow, RowPairs
-from .tiles import COLUMNS, INTERPRETED, STRIDED, VECTORS, WINDOW, Matrix, Tile, unspecialised
+from .tiles import COLUMNS, STRIDED, VECTORS, WINDOW, Matrix, Tile, unspecialised
 
 LOG2_E = math.log2(math.e)
 

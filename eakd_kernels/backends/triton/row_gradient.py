@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 from . import launch
+from .arithmetic import rounded
 from .row_result import GradientInputs, gradient_basis
 from .rows import (
     PerRow,
@@ -19,7 +20,7 @@ from .rows import (
     write_row,
     write_rows,
 )
-from .tiles import number, rounded, unspecialised
+from .tiles import number, unspecialised
 
 
 class Upstream(NamedTuple):

@@ -9,6 +9,10 @@ teacher logits y and the running maxima My, Mz, in base 2:
 
 Every function works on one row (scalars), on a vector of rows, and on the lanes of a row. tl.exp2 is one instruction
 (ex2.approx.ftz); tl.exp would be four more.
+
+A sweep comes in two kinds. The fast one has exponents fma(y, k, c) with k = log2(e)/temperature and c = -My k rounded,
+one instruction; all terms of a lane share the error of c, which is taken out at the end (`about_maxima`). The guarded
+one has (y - My) k and takes everything: -inf, NaN, logits so large that c is off by whole exponents.
 """
 
 from typing import NamedTuple
@@ -16,10 +20,16 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
+from .arithmetic import fma
+
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 # An exponent that underflows to 0, finite, so that a masked column adds 0 * EMPTY = 0 and not 0 * (-inf) = NaN.
 EMPTY = tl.constexpr(-200.0)
+# What the fast sweep reads outside of a row: finite for the same reason, and below every logit that it can take.
+OUTSIDE = tl.constexpr(-1e30)
+NEGLIGIBLE = tl.constexpr(-1e29)
+LARGEST = tl.constexpr(1e6)
 
 
 class Features(NamedTuple):
@@ -68,9 +78,18 @@ def empty_state(shape: tl.constexpr):
 
 
 @triton.jit
-def centre(m):
+def is_empty(m, GUARDED: tl.constexpr):
+    """Whether columns of maximum m are none at all."""
+    if GUARDED:
+        return m == -float("inf")
+    else:
+        return m <= NEGLIGIBLE
+
+
+@triton.jit
+def centre(m, GUARDED: tl.constexpr = True):
     """What to subtract from logits whose maximum is m: (-inf) - (-inf) would be NaN."""
-    return tl.where(m == -float("inf"), 0.0, m)
+    return tl.where(is_empty(m, GUARDED), 0.0, m)
 
 
 @triton.jit
@@ -81,29 +100,28 @@ def power(u, n: tl.constexpr):
     return result
 
 
-@triton.jit
-def exponents(step, k, floor: tl.constexpr):
-    """(exponent kept finite, exponent as it is)."""
-    x = step * k
-    return tl.maximum(x, floor, propagate_nan=tl.PropagateNan.ALL), x
+class Steps(NamedTuple):
+    """What is added to all exponents; a and e are not looked at where they are shared with b and d."""
+
+    b: tl.tensor
+    d: tl.tensor
+    a: tl.tensor
+    e: tl.tensor
+    hard: tl.tensor
 
 
 @triton.jit
-def recentre(s, my, mz, k, P: tl.constexpr, Q: tl.constexpr, f: tl.constexpr):
-    """The state about maxima that are at least its own: every exponent grows by a constant <= 0.
+def shift(s, by, P: tl.constexpr, Q: tl.constexpr, f: tl.constexpr):
+    """The state after a step of every exponent.
 
     P, Q: as in Features while a sweep runs, when A1, E1 and Bd are in units of the shared exponent; 0 afterwards.
     """
-    # An empty side has sums of 0 and takes any centre.
-    step_y = tl.where(s.My == -float("inf"), 0.0, s.My - my)
-    step_z = tl.where(s.Mz == -float("inf"), 0.0, s.Mz - mz)
+    b, d, a, e = by.b, by.d, by.a, by.e
     if P > 0:
-        b, d = step_y * k.k_0, step_z * k.k_0
         a, e = b, d
         u, v = tl.exp2(b), tl.exp2(d)
         rb, rd, ra, re = power(u, P), power(v, P), power(u, Q), power(v, Q)
     else:
-        b, d, a, e = step_y * k.k_tau, step_z * k.k_tau, step_y * k.k_t, step_z * k.k_t
         rb, rd, ra, re = tl.exp2(b), tl.exp2(d), tl.exp2(a), tl.exp2(e)
     A0, E0, F0, B1, D1, Bbd = s.A0, s.E0, s.F0, s.B1, s.D1, s.Bbd
     if P > 0 and P == Q:
@@ -111,58 +129,120 @@ def recentre(s, my, mz, k, P: tl.constexpr, Q: tl.constexpr, f: tl.constexpr):
     else:
         A1, E1 = ra * (s.A1 + a * s.A0), re * (s.E1 + e * s.E0)
         A0, E0 = ra * s.A0, re * s.E0
-    # b - d moves by step_y - step_z, so Bd changes even where only the student's maximum moved. Teacher mass that
-    # vanishes (rb == 0) takes an infinite Bd with it; times B0, so that NaN stays.
+    # b - d moves with either, so Bd changes even where only the student's maximum moved. Teacher mass that vanishes
+    # (rb == 0) takes an infinite Bd with it; times B0, so that NaN stays.
     if f.SLOPES:
         Bbd = tl.where(rb == 0, rb * s.B0, rb * (s.Bbd + b * s.Bd + (b - d) * (s.B1 + b * s.B0)))
         B1, D1 = rb * (s.B1 + b * s.B0), rd * (s.D1 + d * s.D0)
     if f.HARD == HARD_OWN:
-        F0 = s.F0 * tl.exp2(step_z * LOG2_E)
+        F0 = s.F0 * tl.exp2(by.hard)
     Bd = tl.where(rb == 0, rb * s.B0, rb * (s.Bd + (b - d) * s.B0))
-    return RowState(my, mz, A0, A1, E0, E1, rb * s.B0, Bd, rd * s.D0, F0, B1, D1, Bbd)
+    return RowState(s.My, s.Mz, A0, A1, E0, E1, rb * s.B0, Bd, rd * s.D0, F0, B1, D1, Bbd)
+
+
+class Centres(NamedTuple):
+    """What makes logits exponents (see `exponent`): M if guarded, else -M k, for the shared temperature or for each."""
+
+    b: tl.tensor
+    d: tl.tensor
+    a: tl.tensor
+    e: tl.tensor
+    hard: tl.tensor
 
 
 @triton.jit
-def add_columns(s, y, z, k, AXIS: tl.constexpr, f: tl.constexpr):
-    """The state after columns y, z (fp32 tiles, -inf where there is none), reduced along AXIS into its lanes."""
-    s = recentre(s, tl.maximum(s.My, tl.max(y, AXIS)), tl.maximum(s.Mz, tl.max(z, AXIS)), k, f.P, f.Q, f)
-    y_step, z_step = y - tl.expand_dims(centre(s.My), AXIS), z - tl.expand_dims(centre(s.Mz), AXIS)
+def centres(my, mz, k, GUARDED: tl.constexpr, f: tl.constexpr):
+    y, z = centre(my, GUARDED), centre(mz, GUARDED)
+    if GUARDED:
+        return Centres(y, z, y, z, z)
+    elif f.P > 0:
+        return Centres(-y * k.k_0, -z * k.k_0, -y * k.k_0, -z * k.k_0, -z * LOG2_E)
+    else:
+        return Centres(-y * k.k_tau, -z * k.k_tau, -y * k.k_t, -z * k.k_t, -z * LOG2_E)
+
+
+@triton.jit
+def step(old, new, k, empty, GUARDED: tl.constexpr):
+    """What exponents grow by, <= 0, as the centre moves. An empty side has sums of 0 and takes any."""
+    if GUARDED:
+        # A step enters Bd as it is, but times a sum it must stay finite: 0 * (-inf) would be NaN.
+        return tl.where(empty, 0.0, tl.maximum((old - new) * k, OUTSIDE))
+    else:
+        return tl.where(empty, 0.0, new - old)
+
+
+@triton.jit
+def raise_maxima(s, my, mz, k, GUARDED: tl.constexpr, f: tl.constexpr):
+    """(the state about maxima that are at least its own, their centres)."""
+    old, new = centres(s.My, s.Mz, k, GUARDED, f), centres(my, mz, k, GUARDED, f)
+    y, z = is_empty(s.My, GUARDED), is_empty(s.Mz, GUARDED)
+    k_b, k_a = k.k_tau, k.k_t
     if f.P > 0:
-        b, _ = exponents(y_step, over(k.k_0, AXIS), EMPTY)
-        d, d_raw = exponents(z_step, over(k.k_0, AXIS), EMPTY)
+        k_b, k_a = k.k_0, k.k_0
+    by = Steps(
+        step(old.b, new.b, k_b, y, GUARDED),
+        step(old.d, new.d, k_b, z, GUARDED),
+        step(old.a, new.a, k_a, y, GUARDED),
+        step(old.e, new.e, k_a, z, GUARDED),
+        step(old.hard, new.hard, LOG2_E, z, GUARDED),
+    )
+    s = shift(s, by, f.P, f.Q, f)
+    return RowState(my, mz, s.A0, s.A1, s.E0, s.E1, s.B0, s.Bd, s.D0, s.F0, s.B1, s.D1, s.Bbd), new
+
+
+@triton.jit
+def exponent(x, k, c, AXIS: tl.constexpr, GUARDED: tl.constexpr):
+    """(the exponent kept finite where it is guarded, as it is)."""
+    if GUARDED:
+        raw = (x - over(c, AXIS)) * over(k, AXIS)
+        return tl.maximum(raw, EMPTY, propagate_nan=tl.PropagateNan.ALL), raw
+    else:
+        raw = fma(x, over(k, AXIS), over(c, AXIS))
+        return raw, raw
+
+
+@triton.jit
+def where_mass(e, x, GUARDED: tl.constexpr):
+    """e x, and no term where there is no mass."""
+    if GUARDED:
+        return tl.where(e > 0, e * x, 0.0)
+    else:
+        return e * x
+
+
+@triton.jit
+def add_columns(s, y, z, k, AXIS: tl.constexpr, GUARDED: tl.constexpr, f: tl.constexpr):
+    """The state after columns y, z (fp32 tiles), reduced along AXIS into its lanes.
+
+    Without guards -inf among them makes A1 or E1 NaN, and logits that are too large make sums inf or NaN.
+    """
+    s, c = raise_maxima(s, tl.maximum(s.My, tl.max(y, AXIS)), tl.maximum(s.Mz, tl.max(z, AXIS)), k, GUARDED, f)
+    if f.P > 0:
+        b, _ = exponent(y, k.k_0, c.b, AXIS, GUARDED)
+        d, d_raw = exponent(z, k.k_0, c.d, AXIS, GUARDED)
         a, e = b, d
         u, v = tl.exp2(b), tl.exp2(d)
         eb, ed, ea, ee = power(u, f.P), power(v, f.P), power(u, f.Q), power(v, f.Q)
     else:
-        b, _ = exponents(y_step, over(k.k_tau, AXIS), EMPTY)
-        d, d_raw = exponents(z_step, over(k.k_tau, AXIS), EMPTY)
-        a, _ = exponents(y_step, over(k.k_t, AXIS), EMPTY)
-        e, _ = exponents(z_step, over(k.k_t, AXIS), EMPTY)
+        b, _ = exponent(y, k.k_tau, c.b, AXIS, GUARDED)
+        d, d_raw = exponent(z, k.k_tau, c.d, AXIS, GUARDED)
+        a, _ = exponent(y, k.k_t, c.a, AXIS, GUARDED)
+        e, _ = exponent(z, k.k_t, c.e, AXIS, GUARDED)
         eb, ed, ea, ee = tl.exp2(b), tl.exp2(d), tl.exp2(a), tl.exp2(e)
     A0, E0, F0, B1, D1, Bbd = s.A0, s.E0, s.F0, s.B1, s.D1, s.Bbd
     if f.P == 0 or f.P != f.Q:
         A0, E0 = A0 + tl.sum(ea, AXIS), E0 + tl.sum(ee, AXIS)
     if f.SLOPES:
         B1, D1 = B1 + tl.sum(eb * b, AXIS), D1 + tl.sum(ed * d, AXIS)
-        Bbd += tl.sum(tl.where(eb > 0, eb * b * (b - d_raw), 0.0), AXIS)
+        Bbd += tl.sum(where_mass(eb, b * (b - d_raw), GUARDED), AXIS)
     if f.HARD == HARD_OWN:
-        F0 += tl.sum(tl.exp2(z_step * LOG2_E), AXIS)
-    return RowState(
-        s.My,
-        s.Mz,
-        A0,
-        s.A1 + tl.sum(ea * a, AXIS),
-        E0,
-        s.E1 + tl.sum(ee * e, AXIS),
-        s.B0 + tl.sum(eb, AXIS),
-        # The student's exponent as it is: -inf under teacher mass is an infinite divergence. No mass, no term.
-        s.Bd + tl.sum(tl.where(eb > 0, eb * (b - d_raw), 0.0), AXIS),
-        s.D0 + tl.sum(ed, AXIS),
-        F0,
-        B1,
-        D1,
-        Bbd,
-    )
+        _, hard = exponent(z, tl.cast(LOG2_E, tl.float32), c.hard, AXIS, GUARDED)
+        F0 += tl.sum(tl.exp2(hard), AXIS)
+    A1, E1 = s.A1 + tl.sum(ea * a, AXIS), s.E1 + tl.sum(ee * e, AXIS)
+    # The student's exponent as it is: -inf under teacher mass is an infinite divergence.
+    B0, D0 = s.B0 + tl.sum(eb, AXIS), s.D0 + tl.sum(ed, AXIS)
+    Bd = s.Bd + tl.sum(where_mass(eb, b - d_raw, GUARDED), AXIS)
+    return RowState(s.My, s.Mz, A0, A1, E0, E1, B0, Bd, D0, F0, B1, D1, Bbd)
 
 
 @triton.jit
@@ -175,22 +255,37 @@ def over(x, AXIS: tl.constexpr):
 
 
 @triton.jit
-def in_units_of_two(s, f: tl.constexpr):
-    """The state as csrc/row_state.h has it, once a sweep with shared exponents is over."""
-    A0, E0 = s.A0, s.E0
-    if f.P == 0:
-        return s
-    else:
+def about_maxima(s, k, GUARDED: tl.constexpr, f: tl.constexpr):
+    """The state as csrc/row_state.h has it, once a sweep is over."""
+    if not GUARDED:
+        c, y, z = centres(s.My, s.Mz, k, False, f), centre(s.My, False), centre(s.Mz, False)
+        k_b, k_a = k.k_tau, k.k_t
+        if f.P > 0:
+            k_b, k_a = k.k_0, k.k_0
+        hard = -fma(z, tl.cast(LOG2_E, tl.float32), c.hard)
+        by = Steps(-fma(y, k_b, c.b), -fma(z, k_b, c.d), -fma(y, k_a, c.a), -fma(z, k_a, c.e), hard)
+        s = shift(s, by, f.P, f.Q, f)
+    A0, A1, E0, E1, Bd = s.A0, s.A1, s.E0, s.E1, s.Bd
+    if f.P > 0:
+        A1, E1, Bd = A1 * f.Q, E1 * f.Q, Bd * f.P
         if f.P == f.Q:
             A0, E0 = s.B0, s.D0
-        A1, E1, Bd = s.A1 * f.Q, s.E1 * f.Q, s.Bd * f.P
-        return RowState(s.My, s.Mz, A0, A1, E0, E1, s.B0, Bd, s.D0, s.F0, s.B1, s.D1, s.Bbd)
+    return RowState(s.My, s.Mz, A0, A1, E0, E1, s.B0, Bd, s.D0, s.F0, s.B1, s.D1, s.Bbd)
 
 
 @triton.jit
 def fold(s, k, f: tl.constexpr):
     """One state out of those along axis 0. The order is fixed, so the result is the same bit for bit."""
-    s = recentre(s, tl.max(s.My, 0), tl.max(s.Mz, 0), k, 0, 0, f)
+    My, Mz = tl.max(s.My, 0), tl.max(s.Mz, 0)
+    y, z = is_empty(s.My, True), is_empty(s.Mz, True)
+    by = Steps(
+        step(s.My, My, k.k_tau, y, True),
+        step(s.Mz, Mz, k.k_tau, z, True),
+        step(s.My, My, k.k_t, y, True),
+        step(s.Mz, Mz, k.k_t, z, True),
+        step(s.Mz, Mz, LOG2_E, z, True),
+    )
+    s = shift(s, by, 0, 0, f)
     A0, A1, E0, E1 = tl.sum(s.A0, 0), tl.sum(s.A1, 0), tl.sum(s.E0, 0), tl.sum(s.E1, 0)
     B0, Bd, D0 = tl.sum(s.B0, 0), tl.sum(s.Bd, 0), tl.sum(s.D0, 0)
     F0, B1, D1, Bbd = 0.0, 0.0, 0.0, 0.0
@@ -198,7 +293,14 @@ def fold(s, k, f: tl.constexpr):
         F0 = tl.sum(s.F0, 0)
     if f.SLOPES:
         B1, D1, Bbd = tl.sum(s.B1, 0), tl.sum(s.D1, 0), tl.sum(s.Bbd, 0)
-    return RowState(s.My, s.Mz, A0, A1, E0, E1, B0, Bd, D0, F0, B1, D1, Bbd)
+    return RowState(My, Mz, A0, A1, E0, E1, B0, Bd, D0, F0, B1, D1, Bbd)
+
+
+@triton.jit
+def was_too_fast(s):
+    """Whether the fast sweep met what it cannot take."""
+    found = s.A1 + s.E1 + s.Bd + s.D0 + s.F0
+    return (found - found != 0) | (tl.abs(s.My) > LARGEST) | (tl.abs(s.Mz) > LARGEST)
 
 
 @triton.jit

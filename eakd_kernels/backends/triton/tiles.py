@@ -12,7 +12,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+from .arithmetic import rounded
 
 # VECTORS: rows begin and end at multiples of WIDTH columns (16 bytes of the wider dtype). A lane is one vector.
 # WINDOW:  rows begin anywhere in a vector, the pair at the same place. Tiles begin at the vector's start; what is read
@@ -110,21 +110,25 @@ def columns_left(end, start, tile: tl.constexpr):
 
 
 @triton.jit
-def load_tile(m, row_pointer, start, head, end, columns, tile: tl.constexpr, LAST_USE: tl.constexpr):
-    """fp32, -inf outside [head, end). LAST_USE: nobody reads these columns again, so they need not stay in a cache."""
-    policy: tl.constexpr = "evict_first" if LAST_USE else ""
+def load_tile(m, row_pointer, start, head, end, columns, OUTSIDE: tl.constexpr, tile: tl.constexpr, LAST: tl.constexpr):
+    """fp32, OUTSIDE where not in [head, end).
+
+    LAST: nobody reads these columns again, so they may leave the caches, and what lies in a row's first and last vector
+    beside it may be anything: it will not be stored.
+    """
+    policy: tl.constexpr = "evict_first" if LAST else ""
     left = columns_left(end, start, tile)
     if tile.FORM >= WINDOW:
         vectors = multiple(left + tile.WIDTH - 1, tile.WIDTH)
-        x = tl.load(row_pointer + start + columns, columns < vectors, -float("inf"), eviction_policy=policy)
+        x = tl.load(row_pointer + start + columns, columns < vectors, OUTSIDE, eviction_policy=policy)
     elif tile.FORM == COLUMNS:
-        x = tl.load(row_pointer + start + columns, columns < left, -float("inf"), eviction_policy=policy)
+        x = tl.load(row_pointer + start + columns, columns < left, OUTSIDE, eviction_policy=policy)
     else:
         at = (start + columns) * number(m.column_stride)
-        x = tl.load(row_pointer + at, columns < left, -float("inf"), eviction_policy=policy)
+        x = tl.load(row_pointer + at, columns < left, OUTSIDE, eviction_policy=policy)
     x = x.to(tl.float32)
-    if tile.FORM == WINDOW:
-        x = tl.where((columns >= (head - start).to(tl.int32)) & (columns < left), x, -float("inf"))
+    if tile.FORM == WINDOW and not LAST:
+        x = tl.where((columns >= (head - start).to(tl.int32)) & (columns < left), x, OUTSIDE)
     return x
 
 
@@ -144,17 +148,6 @@ def store_tile(m, row_pointer, start, head, end, columns, g, tile: tl.constexpr)
     else:
         at = (start + columns) * number(m.column_stride)
         tl.store(row_pointer + at, g, (columns >= (head - start).to(tl.int32)) & (columns < left))
-
-
-@triton.jit
-def rounded(x, dtype: tl.constexpr):
-    """To the nearest, ties to even, as the hardware does. Triton's interpreter would cut bf16 off."""
-    if INTERPRETED and dtype == tl.bfloat16:
-        bits = x.to(tl.uint32, bitcast=True)
-        nearest = ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).to(tl.float32, bitcast=True)
-        return tl.where(x == x, nearest, x).to(dtype)
-    else:
-        return x.to(dtype)
 
 
 @triton.jit
