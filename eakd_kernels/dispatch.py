@@ -22,8 +22,8 @@ def _load(name: str) -> ModuleType | str:
         module = importlib.import_module(f".backends.{name}", __package__)
     except ModuleNotFoundError as error:
         return "this version of eakd_kernels has no such kernels" if error.name.endswith(f".{name}") else str(error)
-    except ImportError as error:
-        return str(error)
+    except Exception as error:  # a broken Triton, say: no reason for the other backends not to run
+        return f"{type(error).__name__}: {error}"
     return module.unavailable_reason() or module
 
 
@@ -53,8 +53,6 @@ def _announce(chosen: str, device: str) -> None:
     _log.info('eakd_kernels: backend="auto" runs "%s" for %s tensors', chosen, device)
 
 
-# torch.compile evaluates the choice while tracing and keeps its result.
-@torch.compiler.assume_constant_result
 def resolve(backend: str, device: str, student_dtype: torch.dtype, teacher_dtype: torch.dtype) -> str:
     """The name of the backend that will run.
 
@@ -77,3 +75,8 @@ def resolve(backend: str, device: str, student_dtype: torch.dtype, teacher_dtype
         f'backend="{wanted}" cannot run: {reasons[wanted]}; usable here: '
         + ", ".join(name for name in BACKENDS if _reason(name, device, dtypes) is None)
     )
+
+
+# torch.compile evaluates the choice while tracing and keeps its result. torch.compiler.assume_constant_result sets this
+# attribute too, and imports the compiler, which takes longer than torch itself.
+resolve._dynamo_marked_constant = True

@@ -241,7 +241,10 @@ def _scale(problem: Problem, options) -> tuple[float, Tensor | None]:
     """The loss is scale / denominator * sum over rows; counts that live on the device stay there."""
     student, keep = problem.rows.student_logits, problem.rows.keep
     if torch.is_tensor(options.num_items):
-        return 1.0, options.num_items.detach().to(student.device)
+        items = options.num_items.detach()
+        if items.device == student.device or torch.compiler.is_compiling():
+            return 1.0, items.to(student.device)
+        return 1.0 / items.item(), None  # a count on the CPU; copying it to the GPU would wait for the GPU
     if options.num_items is not None:
         return 1.0 / float(options.num_items), None
     if options.reduction == "sum":

@@ -64,6 +64,24 @@ def test_without_the_extension_the_reference_runs():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+def test_importing_the_package_imports_no_compiler():
+    code = "import sys, torch, eakd_kernels; assert not {'triton', 'torch._dynamo'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_broken_triton_is_a_reason():
+    code = (
+        "import sys, types\n"
+        "class Broken(types.ModuleType):\n"
+        "    def __getattr__(self, name):\n"
+        "        raise (AttributeError if name.startswith('__') else OSError)('libtriton.so: file too short')\n"
+        "sys.modules['triton'] = Broken('triton')\n"
+        "import eakd_kernels as e\n"
+        "assert e.available_backends()['triton'] and e.available_backends()['reference'] is None\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_environment_variables_are_all_in_one_place():
     names = [variable.name for variable in env.VARIABLES]
     assert len(set(names)) == len(names) and all(name.startswith("EAKD_") for name in names)

@@ -326,6 +326,39 @@ def test_nan_wins_over_a_fully_masked_other_side(bad, side, backend):
         assert rows.isnan().all()
 
 
+def test_an_infinite_cross_entropy_that_does_not_count(backend):
+    student, teacher = make_logits(2, 60)
+    z, y = student.detach().clone(), teacher.clone()
+    z[0, 7] = y[0, 7] = -INF
+    loss, stats = ea_kd_loss(z.requires_grad_(), y, torch.tensor([7, 8]), return_stats=True, backend=backend)
+    assert stats.cross_entropy[0] == INF and loss.isfinite() and gradient_of(loss, z).isfinite().all()
+
+
+@pytest.mark.parametrize("far", [200.0, 1e3, 1e5])
+@pytest.mark.parametrize("rows", [1, 12], ids=["shared", "whole"])
+def test_a_student_far_below_in_some_columns(far, rows, backend):
+    """Teacher mass there is worth about its share of `far`."""
+    student, teacher = make_logits(rows, 5003)
+    z, y = student.detach().clone(), teacher.clone()
+    for start in (0, 2048, 3000, 4995):
+        z[:, start : start + 8] = -far
+    stats = distill_stats(z, y, backend=backend)
+    want = eager(z.double(), y.double())
+    torch.testing.assert_close(stats.divergence.double(), want["divergence"], rtol=4e-6, atol=4e-6)
+
+
+def test_a_temperature_gradient_over_two_dtypes(kernels):
+    """The student fp32 and strided, the teacher bf16, the last tile a partial one."""
+    student, teacher = make_logits(3, 4104)
+    z, y = torch.stack([student.detach(), student.detach()], -1)[..., 0], teacher.to(torch.bfloat16)
+    gradients = []
+    for dtype, backend in ((torch.float32, kernels), (torch.float64, "reference")):
+        tau = torch.tensor([0.7, 1.3, 2.0], dtype=dtype, requires_grad=True)
+        stats = distill_stats(z.to(dtype), y, temperature=tau, backend=backend)
+        gradients.append(torch.autograd.grad(stats.divergence.sum(), tau)[0].double())
+    torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-5)
+
+
 def test_one_dimensional_rows_left_out(backend):
     student, teacher = make_logits(10)
     ignored = {"labels": torch.tensor(-100), "ce_weight": 0.1}

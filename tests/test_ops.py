@@ -59,6 +59,14 @@ def test_one_pass_agrees_with_statistics_and_gradient(rule, kernels):
     )
 
 
+def test_a_gradient_in_place_needs_two_strides(kernels):
+    """A copy would be written, and lost."""
+    strided = torch.randn(2, 2, 3, 2, 60).permute(3, 0, 2, 1, 4)
+    rows = ops.Rows(strided, strided.clone(), None, None, None, 2.0, 3.0, 60)
+    with pytest.raises(RuntimeError, match="at most two leading strides"):
+        ops.one_pass_(*rows, *RULES[0], kernels)
+
+
 def test_field_order_is_that_of_the_kernels():
     extension = pytest.importorskip("eakd_kernels._C")
     info = extension.build_info()

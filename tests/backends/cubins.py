@@ -148,6 +148,12 @@ def compile_kernels() -> None:
     run(problem(ENOUGH_ROWS, 1000))
 
 
+def with_labels_off(rows: ops.Rows) -> ops.Rows:
+    """8 bytes behind a multiple of 16."""
+    labels = torch.zeros(len(rows.labels) + 1, dtype=torch.int64)[1:]
+    return rows._replace(labels=labels)
+
+
 def recompilations() -> dict[str, int]:
     """By shape: how many kernels were compiled that an earlier shape had not needed."""
     total, counts = 0, {}
@@ -167,6 +173,8 @@ def recompilations() -> dict[str, int]:
         "other small vocabulary": problem(77, 1008),
         "first odd": problem(4096, 50257),
         "other odd": problem(4097, 50259),
+        "first with labels": problem(4096, 128256, labels=True),
+        "labels of odd alignment": with_labels_off(problem(4097, 128256, labels=True)),
         "first shared": problem(2, 128256),
         "other shared": problem(5, 129280),
     }.items():

@@ -18,7 +18,7 @@ import triton.language as tl
 from eakd_kernels.backends import triton as kernels
 from eakd_kernels.backends.triton import launch
 from eakd_kernels.backends.triton.arithmetic import rounded
-from eakd_kernels.backends.triton.tiles import COLUMNS, STRIDED, VECTORS, WINDOW, number, unspecialised
+from eakd_kernels.backends.triton.tiles import COLUMNS, STRIDED, VECTORS, WINDOW, in_tile, number, unspecialised
 
 pytestmark = [] if interpreted("triton") else [pytest.mark.gpu]
 needs_gpu = pytest.mark.skipif(interpreted("triton"), reason="needs a GPU")
@@ -108,6 +108,15 @@ def test_classes_first():
     assert form_of(student, teacher) == STRIDED.value
     want = kernels.row_statistics(rows_of(student.contiguous(), teacher.contiguous()), False)
     torch.testing.assert_close(kernels.row_statistics(rows_of(student, teacher), False), want)
+
+
+@pytest.mark.parametrize("columns, width", [(100, 4), (10, 2), (96, 8), (97, 2)])
+def test_whole_rows_take_the_longest_vectors_that_fit(columns, width):
+    """100 classes in bf16 are vectors of 8 bytes."""
+    student, teacher = (x.detach() for x in make_logits(4, columns, dtype=torch.bfloat16))
+    tile = launch.Plan(rows_of(student, teacher), "statistics").tile
+    expected = (width, VECTORS.value if columns % 2 == 0 else WINDOW.value)
+    assert (tile.WIDTH, tile.FORM) == expected
 
 
 def test_layout_finds_two_strides():
@@ -230,6 +239,19 @@ def test_numbers_that_triton_does_not_specialise_on(value):
     assert got.item() == value
 
 
+@pytest.mark.parametrize("column, start, want", [(5, 0, 5), (3, 2048, -1), (2**31 + 7, 0, 2048), (0, 2**31 + 2048, -1)])
+def test_columns_of_rows_beyond_32_bits(column, start, want):
+    tile = launch.Plan(rows_of(*(x.detach() for x in make_logits(1, 5000))), "statistics").tile
+    got = torch.zeros(1, dtype=torch.int32)
+    _in_tile[(1,)](got, (unspecialised(column), unspecialised(start)), tile)
+    assert got.item() == want
+
+
+@triton.jit
+def _in_tile(out, packed, tile: tl.constexpr):
+    tl.store(out, in_tile(number(packed[0]), number(packed[1]), tile))
+
+
 @triton.jit
 def _unpack(out, packed):
     tl.store(out, number(packed[0]))
@@ -253,7 +275,7 @@ def _round(values, out, n, BLOCK: tl.constexpr):
     tl.store(out + i, rounded(tl.load(values + i, i < n, 0.0), out.dtype.element_ty), i < n)
 
 
-@pytest.mark.parametrize("shape", [(0, 5), (3, 5), (2, 4096), (3, 4099)], ids=str)
+@pytest.mark.parametrize("shape", [(0, 5), (3, 5), (2, 4096), (3, 4099), (2, 3, 5)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_scale_gradient(shape, dtype):
     gradient, factor = torch.randn(shape).to(dtype), torch.tensor(1.7)

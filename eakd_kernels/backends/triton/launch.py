@@ -24,6 +24,8 @@ RATIOS = ((1, 1), (2, 1), (3, 1), (4, 1), (1, 2), (1, 3), (1, 4), (3, 2), (2, 3)
 # of fp32, leave registers for enough programs on a processor to hide each other's loads; tests/backends/test_cubins.py
 # holds the table to it.
 WALKING = {2: (2048, 4), 4: (2048, 8)}
+# From sm_100 on the compiler pairs up fp32 operations, which takes registers: 8 columns a thread.
+WALKING_IN_PAIRS = {2: (2048, 8), 4: (2048, 8)}
 # A tile of whole rows: at most this many columns, in powers of two from the least on.
 LEAST_COLUMNS, MOST_COLUMNS, ELEMENTS = 32, 4096, 2048
 
@@ -103,7 +105,7 @@ class Operand(NamedTuple):
         """Columns between the beginning of a vector and row 0."""
         return self.tensor.data_ptr() // self.tensor.element_size() % width
 
-    def matrix(self, width: int, form: int) -> Matrix:
+    def matrix(self, width: int, form: int = COLUMNS.value) -> Matrix:
         head = self.head(width) if form == WINDOW.value else 0
         # A pointer that is a multiple of 16 bytes, as the compiler must see to read vectors.
         start = self.tensor if head == 0 else self.tensor.as_strided((1,), (1,), self.tensor.storage_offset() - head)
@@ -131,6 +133,25 @@ def gradient_form(gradient: Operand, student: Operand, form: int, width: int) ->
     return form if gradient.layout.columns % width == 0 else WINDOW.value
 
 
+def choose_tile(
+    student: Operand, teacher: Operand, gradient: Operand | None, vocab_size: int, columns: int
+) -> tuple[Tile, int]:
+    """(tile, warps) for rows of `columns`, of which vocab_size are read."""
+    dtypes = {student.tensor.dtype, teacher.tensor.dtype}
+    size = max(dtype.itemsize for dtype in dtypes)
+    width, whole = VECTOR_BYTES // size, whole_rows(columns)
+    form = logits_form(student, teacher, vocab_size, width)
+    while whole and form == WINDOW.value and width > 2:  # whole rows have no window: shorter vectors, if they fit
+        width //= 2
+        form = logits_form(student, teacher, vocab_size, width)
+    out_form = 0 if gradient is None else gradient_form(gradient, student, form, width)
+    walking = WALKING_IN_PAIRS if pairs_operations(student.tensor.device) else WALKING
+    rows, block, warps = whole or (0, *walking[size])
+    axis, lanes = (1, rows) if whole else (int(form >= WINDOW.value), block // width)
+    half = torch.float16 in dtypes
+    return Tile(rows, block, width, form, out_form, columns > vocab_size, half, axis, lanes), warps
+
+
 # ---- plans -------------------------------------------------------------------------------------------------------
 
 
@@ -142,22 +163,27 @@ def processors(device: torch.device) -> int:
     return properties["multiprocessor_count"]
 
 
+@functools.cache
+def pairs_operations(device: torch.device) -> bool:
+    if INTERPRETED.value:
+        return False
+    target = triton.runtime.driver.active.get_current_target()
+    return target.backend == "cuda" and target.arch >= 100
+
+
 class Plan:
     """One operator's launches on one set of tensors."""
 
     def __init__(self, rows, operation, gradient=None, *, hard=False, entropy=False, slopes=False, rule=None):
         student, teacher = Operand.of(rows.student_logits), Operand.of(rows.teacher_logits)
         target = None if gradient is None else Operand.of(gradient)
-        self.leading, self.device = rows.student_logits.shape[:-1], student.tensor.device
-        self.rows = student.layout.rows
-        size = max(student.tensor.element_size(), teacher.tensor.element_size())
-        width = VECTOR_BYTES // size
+        if target is not None and target.tensor is not gradient:
+            raise RuntimeError(f"the gradient needs at most two leading strides, got {gradient.stride()}")
+        self.device, self.rows = student.tensor.device, student.layout.rows
         columns = rows.vocab_size if target is None else target.layout.columns
-        form = logits_form(student, teacher, rows.vocab_size, width)
-        out_form = 0 if target is None else gradient_form(target, student, form, width)
-        rows_a_tile, block, self.warps = whole_rows(columns) or (0, *WALKING[size])
-        axis, lanes = (1, rows_a_tile) if rows_a_tile else (int(form >= WINDOW.value), block // width)
-        self.tile = Tile(rows_a_tile, block, width, form, out_form, columns > rows.vocab_size, axis, lanes)
+        self.tile, self.warps = choose_tile(student, teacher, target, rows.vocab_size, columns)
+        width, form, out_form = self.tile.WIDTH, self.tile.FORM, self.tile.GRADIENT_FORM
+        rows_a_tile = self.tile.ROWS
         self.splits, tiles_a_split = 1, 0
         if rows_a_tile == 0:
             self.splits, tiles_a_split = share(self.rows, columns + width - 1, self.tile, processors(self.device))
@@ -177,9 +203,14 @@ class Plan:
         """[...] or 0-d values, one a row."""
         if values is None:
             return None
-        if values.dim() == 0 or not any(values.stride()):
-            return PerRow(values, unspecialised(0))
-        return PerRow(values.contiguous(), unspecialised(1))
+        stride = int(values.dim() > 0 and any(values.stride()))
+        values = values.contiguous() if stride else values
+        head = values.data_ptr() % VECTOR_BYTES // values.element_size()
+        if 0 < head <= values.storage_offset():  # a pointer of another alignment would be compiled for anew
+            values = values.as_strided((1,), (1,), values.storage_offset() - head)
+        else:
+            head = 0
+        return PerRow(values, unspecialised(head), unspecialised(stride))
 
     def new_empty(self, *shape: int) -> torch.Tensor:
         return torch.empty(shape, dtype=torch.float32, device=self.device)

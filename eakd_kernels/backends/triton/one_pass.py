@@ -12,7 +12,7 @@ from ...stats import LOSS_STATISTICS
 from . import launch
 from .row_result import GradientInputs, LossRule, finish, gradient_basis, row_loss
 from .row_state import hard_sum
-from .row_statistics import merge_partials, partial_states, store_field, store_result
+from .row_statistics import merge_partials, partial_states, store_fields
 from .rows import (
     load_label,
     load_pairs,
@@ -39,9 +39,8 @@ def finish_rows(pairs, rule, weights, denominator, out, row, storing, kept, s, k
     r = finish(s, k, label_logit, f)
     loss = row_loss(r, k, rule, given, f)
     rows = number(pairs.student.rows)
-    store_result(out, rows, storing, kept, r)
-    store_field(out, 6, rows, storing, kept, loss.weight)
-    store_field(out, 7, rows, storing, kept, loss.loss)
+    store_fields(out, 0, rows, storing, kept, r)
+    store_fields(out, len(r), rows, storing, kept, (loss.weight, loss.loss))
     scale = tl.cast(rule.scale, tl.float32)
     if denominator is not None:
         scale = tl.div_rn(scale, tl.load(denominator).to(tl.float32))
@@ -125,7 +124,7 @@ def one_pass(rows, rule, gradient):
         plan.run(_one_pass_kernel, *arguments)
     else:
         plan.run(_merged_one_pass_kernel, partial_states(plan), *arguments)
-    total, warps, block = plan.new_empty(), 8, 2048
+    total, warps, block = plan.new_empty(), 16, 16384
     loss = LOSS_STATISTICS.index("loss")
     arguments = (out, loss, rule.denominator, total, unspecialised(plan.rows), float(rule.scale), block)
     launch.run(_total_kernel, 1, warps, plan.device, *arguments)

@@ -8,6 +8,7 @@ import triton.language as tl
 from . import launch
 from .arithmetic import rounded
 from .row_result import GradientInputs, gradient_basis
+from .row_statistics import FIRST_SAVED, STUDENT_ENTROPY
 from .rows import (
     PerRow,
     load_label,
@@ -20,7 +21,7 @@ from .rows import (
     write_row,
     write_rows,
 )
-from .tiles import number, unspecialised
+from .tiles import number, row_offset, unspecialised
 
 
 class Upstream(NamedTuple):
@@ -43,15 +44,15 @@ def load_upstream(values, row, kept):
 @triton.jit
 def load_inputs(statistics, rows, row, kept):
     """Out of what _statistics_kernel saved."""
-    at = statistics + row
+    at = statistics + FIRST_SAVED * rows + row
     return GradientInputs(
-        tl.load(at + 6 * rows, kept, 0.0),
-        tl.load(at + 7 * rows, kept, 0.0),
-        tl.load(at + 8 * rows, kept, 0.0),
-        tl.load(at + 9 * rows, kept, 0.0),
-        tl.load(at + 10 * rows, kept, 0.0),
-        tl.load(at + 11 * rows, kept, 0.0),
+        tl.load(at, kept, 0.0),
+        tl.load(at + rows, kept, 0.0),
         tl.load(at + 2 * rows, kept, 0.0),
+        tl.load(at + 3 * rows, kept, 0.0),
+        tl.load(at + 4 * rows, kept, 0.0),
+        tl.load(at + 5 * rows, kept, 0.0),
+        tl.load(statistics + STUDENT_ENTROPY * rows + row, kept, 0.0),
     )
 
 
@@ -92,34 +93,41 @@ def row_gradient(rows, statistics, upstream, gradient):
 
 @triton.jit
 def _scale_kernel(
-    gradient,  # [numel]
+    gradient,
     factor,  # one number
-    out,  # [numel], which may be `gradient`
-    numel,
+    out,  # which may be `gradient`
+    programs_a_row,
     IN_PLACE: tl.constexpr,
+    FLAT: tl.constexpr,  # one row, from a pointer that is a multiple of 16 bytes on
     BLOCK: tl.constexpr,
 ):
     by = tl.load(factor).to(tl.float32)
-    size, step = number(numel), tl.num_programs(0).to(tl.int64) * BLOCK
+    n, program, i = number(programs_a_row), tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    end = number(gradient.columns)
     if IN_PLACE:
-        size = tl.where(by == 1, 0, size)
-    i = tl.arange(0, BLOCK)
-    for start in range(tl.program_id(0).to(tl.int64) * BLOCK, size, step):
-        left = size - start
-        if left >= BLOCK:  # no mask, so that it goes by vectors
-            scaled = tl.load(gradient + start + i).to(tl.float32) * by
-            tl.store(out + start + i, rounded(scaled, out.dtype.element_ty))
+        end = tl.where(by == 1, 0, end)
+    source, target, step, out_step = gradient.pointer, out.pointer, 1, 1
+    if not FLAT:
+        source, target = source + row_offset(gradient, program // n), target + row_offset(out, program // n)
+        step, out_step = number(gradient.column_stride), number(out.column_stride)
+    for start in range(program % n * BLOCK, end, n * BLOCK):
+        if start + BLOCK <= end:  # no mask, so that it goes by vectors
+            scaled = tl.load(source + start * step + i * step).to(tl.float32) * by
+            tl.store(target + start * out_step + i * out_step, rounded(scaled, target.dtype.element_ty))
         else:
-            scaled = tl.load(gradient + start + i, i < left).to(tl.float32) * by
-            tl.store(out + start + i, rounded(scaled, out.dtype.element_ty), i < left)
+            inside = i < (end - start)
+            scaled = tl.load(source + start * step + i * step, inside).to(tl.float32) * by
+            tl.store(target + start * out_step + i * out_step, rounded(scaled, target.dtype.element_ty), inside)
 
 
 def scale_gradient(gradient, factor, out):
     """out = gradient * factor, rounded once; nothing at all in place by exactly 1, which only the GPU knows."""
-    if not (gradient.is_contiguous() and out.is_contiguous()):
-        out.copy_(gradient.float() * factor)
-        return
-    numel, block, warps = gradient.numel(), 4096, 8
-    programs = min(triton.cdiv(numel, block), 8 * launch.processors(gradient.device))
-    arguments = (gradient, factor, out, unspecialised(numel), gradient.data_ptr() == out.data_ptr(), block)
-    launch.run(_scale_kernel, programs, warps, gradient.device, *arguments)
+    block, warps, width = 4096, 8, launch.VECTOR_BYTES // gradient.element_size()
+    flat = gradient.is_contiguous() and out.is_contiguous()
+    source, target = (launch.Operand.of(x.view(1, -1) if flat else x) for x in (gradient, out))
+    flat = flat and source.head(width) == target.head(width) == 0
+    rows, columns = source.layout[:2]
+    programs_a_row = min(triton.cdiv(columns, block), 8 * launch.processors(gradient.device)) if rows == 1 else 1
+    arguments = (source.matrix(width), factor, target.matrix(width), unspecialised(programs_a_row))
+    inplace = gradient.data_ptr() == out.data_ptr()
+    launch.run(_scale_kernel, rows * programs_a_row, warps, gradient.device, *arguments, inplace, flat, block)

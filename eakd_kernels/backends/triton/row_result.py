@@ -38,10 +38,12 @@ def finish(s, k, label_logit, f: tl.constexpr):
     if f.HARD != NO_HARD:
         F0 = hard_sum(s, f)
         cross_entropy = tl.where(F0 == 0, 0.0, (s.Mz - label_logit) + tl.log(F0))
+    teacher_entropy = tl.log(s.A0) - LN_2 * tl.div_rn(s.A1, s.A0)
+    student_entropy = tl.log(s.E0) - LN_2 * tl.div_rn(s.E1, s.E0)
     return RowResult(
         tl.where(s.B0 == 0, 0.0 * s.D0, divergence),
-        tl.where(s.A0 == 0, 0.0, tl.log(s.A0) - LN_2 * tl.div_rn(s.A1, s.A0)),
-        tl.where(s.E0 == 0, 0.0, tl.log(s.E0) - LN_2 * tl.div_rn(s.E1, s.E0)),
+        tl.where((s.A0 == 0) | (teacher_entropy < 0), 0.0, teacher_entropy),  # below 0 by rounding
+        tl.where((s.E0 == 0) | (student_entropy < 0), 0.0, student_entropy),
         tl.where(s.B0 == 0, 0.0, tl.div_rn(s.My, k.tau) + tl.log(s.B0)),
         tl.where(s.D0 == 0, 0.0, tl.div_rn(s.Mz, k.tau) + tl.log(s.D0)),
         cross_entropy,
@@ -98,7 +100,7 @@ def row_loss(r, k, rule, given, f: tl.constexpr):
     # A weight of 0 silences an infinite divergence, not a NaN.
     loss = tl.where((factor == 0) & (r.divergence == float("inf")), 0.0, factor * r.divergence)
     if f.HARD != NO_HARD:
-        loss += rule.ce_weight * r.cross_entropy
+        loss += tl.where(rule.ce_weight == 0, 0.0, rule.ce_weight * r.cross_entropy)  # which may be infinite
     return RowLoss(w, loss, factor)
 
 

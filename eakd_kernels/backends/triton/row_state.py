@@ -27,8 +27,8 @@ LN_2 = tl.constexpr(0.6931471805599453)
 # An exponent that underflows to 0, finite, so that a masked column adds 0 * EMPTY = 0 and not 0 * (-inf) = NaN.
 EMPTY = tl.constexpr(-200.0)
 # What the fast sweep reads outside of a row: finite for the same reason, and below every logit that it can take.
-OUTSIDE = tl.constexpr(-1e30)
-NEGLIGIBLE = tl.constexpr(-1e29)
+OUTSIDE = tl.constexpr(-(2.0**100))  # the same number in bf16
+NEGLIGIBLE = tl.constexpr(-(2.0**99))
 LARGEST = tl.constexpr(1e6)
 
 
@@ -72,8 +72,8 @@ class RowState(NamedTuple):
 
 
 @triton.jit
-def empty_state(shape: tl.constexpr):
-    none, zero = tl.full(shape, -float("inf"), tl.float32), tl.zeros(shape, tl.float32)
+def empty_state(LANES: tl.constexpr):
+    none, zero = tl.full([LANES], -float("inf"), tl.float32), tl.zeros([LANES], tl.float32)
     return RowState(none, none, zero, zero, zero, zero, zero, zero, zero, zero, zero, zero, zero)
 
 
@@ -270,7 +270,10 @@ def about_maxima(s, k, GUARDED: tl.constexpr, f: tl.constexpr):
         A1, E1, Bd = A1 * f.Q, E1 * f.Q, Bd * f.P
         if f.P == f.Q:
             A0, E0 = s.B0, s.D0
-    return RowState(s.My, s.Mz, A0, A1, E0, E1, s.B0, Bd, s.D0, s.F0, s.B1, s.D1, s.Bbd)
+    # Lanes that counted as empty, and were summed about 0, are so from here on too.
+    My = tl.where(is_empty(s.My, GUARDED), -float("inf"), s.My)
+    Mz = tl.where(is_empty(s.Mz, GUARDED), -float("inf"), s.Mz)
+    return RowState(My, Mz, A0, A1, E0, E1, s.B0, Bd, s.D0, s.F0, s.B1, s.D1, s.Bbd)
 
 
 @triton.jit
@@ -300,7 +303,7 @@ def fold(s, k, f: tl.constexpr):
 def was_too_fast(s):
     """Whether the fast sweep met what it cannot take."""
     found = s.A1 + s.E1 + s.Bd + s.D0 + s.F0
-    return (found - found != 0) | (tl.abs(s.My) > LARGEST) | (tl.abs(s.Mz) > LARGEST)
+    return (found - found != 0) | (tl.abs(s.My) > LARGEST) | (tl.abs(s.Mz) > LARGEST)  # -inf too: nothing was left
 
 
 @triton.jit

@@ -26,6 +26,10 @@ from .tiles import number
 # RowState's fields and the label's logit, which a gradient written in place would destroy.
 PARTIAL_FIELDS = tl.constexpr(len(RowState._fields) + 1)
 MAX_SPLITS = tl.constexpr(launch.MAX_SPLITS)
+# The public fields come first, in the order of RowResult, then what GradientInputs begins with, then slopes.
+FIRST_SAVED = tl.constexpr(STATISTICS.index("teacher_max"))
+FIRST_SLOPE = tl.constexpr(len(STATISTICS))
+STUDENT_ENTROPY = tl.constexpr(STATISTICS.index("student_entropy"))
 
 
 # ---- partial states [rows, PARTIAL_FIELDS, splits] ---------------------------------------------------------------
@@ -73,16 +77,10 @@ def merge_partials(pairs, states, row, k, f: tl.constexpr):
 
 
 @triton.jit
-def store_field(out, field: tl.constexpr, rows, row, kept, value):
-    """The value of rows kept, 0 for others that are there. `row` is past them in a program that is not to store."""
-    tl.store(out + field * rows + row, tl.where(kept, value, 0.0), row < rows)
-
-
-@triton.jit
-def store_result(out, rows, row, kept, r):
-    """The public fields: RowResult has the order of eakd_kernels.stats.PUBLIC_FIELDS."""
-    for field in tl.static_range(len(r)):
-        store_field(out, field, rows, row, kept, r[field])
+def store_fields(out, FIRST: tl.constexpr, rows, row, kept, values):
+    """The values of rows kept, 0 for others that are there. `row` is past them in a program that is not to store."""
+    for i in tl.static_range(len(values)):
+        tl.store(out + (FIRST + i) * rows + row, tl.where(kept, values[i], 0.0), row < rows)
 
 
 @triton.jit
@@ -116,17 +114,10 @@ def _merged_statistics_kernel(pairs, states, out, tile: tl.constexpr, f: tl.cons
 @triton.jit
 def store_statistics(out, rows, row, kept, s, k, label_logit, f: tl.constexpr):
     """In the order of eakd_kernels.stats.STATISTICS_WITH_SLOPES."""
-    store_result(out, rows, row, kept, finish(s, k, label_logit, f))
-    store_field(out, 6, rows, row, kept, s.My)
-    store_field(out, 7, rows, row, kept, s.Mz)
-    store_field(out, 8, rows, row, kept, s.B0)
-    store_field(out, 9, rows, row, kept, s.D0)
-    store_field(out, 10, rows, row, kept, s.E0)
-    store_field(out, 11, rows, row, kept, hard_sum(s, f))
+    store_fields(out, 0, rows, row, kept, finish(s, k, label_logit, f))
+    store_fields(out, FIRST_SAVED, rows, row, kept, (s.My, s.Mz, s.B0, s.D0, s.E0, hard_sum(s, f)))
     if f.SLOPES:
-        divergence_slope, student_lse_slope = slopes(s, k)
-        store_field(out, 12, rows, row, kept, divergence_slope)
-        store_field(out, 13, rows, row, kept, student_lse_slope)
+        store_fields(out, FIRST_SLOPE, rows, row, kept, slopes(s, k))
 
 
 def row_statistics(rows, temperature_slopes):

@@ -20,6 +20,7 @@ from .row_state import (
 from .tiles import (
     Matrix,
     columns_left,
+    in_tile,
     load_rows,
     load_tile,
     number,
@@ -35,7 +36,8 @@ from .tiles import (
 class PerRow(NamedTuple):
     """A value of each row; one for all where the stride is 0."""
 
-    pointer: tl.tensor
+    pointer: tl.tensor  # a multiple of 16 bytes
+    head: tl.tensor  # values from there to the first row's
     stride: tl.tensor
 
 
@@ -67,7 +69,7 @@ def program_rows(pairs, tile: tl.constexpr):
 
 @triton.jit
 def load_per_row(values, row, mask, default):
-    return tl.load(values.pointer + row * number(values.stride), mask, default)
+    return tl.load(values.pointer + number(values.head) + row * number(values.stride), mask, default)
 
 
 @triton.jit
@@ -117,7 +119,7 @@ def load_pairs(pairs, row, kept, tile: tl.constexpr):
 
 @triton.jit
 def sum_rows(y, z, k, tile: tl.constexpr, f: tl.constexpr):
-    return about_maxima(add_columns(empty_state([tile.ROWS]), y, z, k, 1, True, f), k, True, f)
+    return about_maxima(add_columns(empty_state(tile.ROWS), y, z, k, 1, True, f), k, True, f)
 
 
 @triton.jit
@@ -166,7 +168,7 @@ def sweep(pairs, w, k, split, GUARDED: tl.constexpr, tile: tl.constexpr, f: tl.c
     """The state of the program's part of a row."""
     outside: tl.constexpr = -float("inf") if GUARDED else OUTSIDE
     columns = tile_columns(tile)
-    lanes = empty_state([tile.LANES])
+    lanes = empty_state(tile.LANES)
     first, last = split_tiles(pairs, split, w.end, tile)
     for i in range(first, last):
         start = tl.cast(i, tl.int64) * tile.BLOCK
@@ -179,8 +181,8 @@ def sweep(pairs, w, k, split, GUARDED: tl.constexpr, tile: tl.constexpr, f: tl.c
 @triton.jit
 def sum_row(pairs, w, k, split, tile: tl.constexpr, f: tl.constexpr):
     """The same, by the fast sweep where nothing speaks against it. Guards are a fifth of all instructions."""
-    if pairs.teacher.pointer.dtype.element_ty == tl.float16 or pairs.student.pointer.dtype.element_ty == tl.float16:
-        return sweep(pairs, w, k, split, True, tile, f)  # fp16 does not reach OUTSIDE
+    if tile.HALF or f.SLOPES:  # fp16 does not reach OUTSIDE; Bbd would square it
+        return sweep(pairs, w, k, split, True, tile, f)
     else:
         s = sweep(pairs, w, k, split, False, tile, f)
         if was_too_fast(s):
@@ -201,7 +203,7 @@ def write_row(pairs, w, row, basis, k, label, split, tile: tl.constexpr, f: tl.c
         z = load_tile(pairs.student, w.student, start, w.head, w.end, columns, -float("inf"), tile, True)
         g = gradient_values(basis, y, z, k, f)
         if f.HARD != NO_HARD:
-            g += tl.where(columns == (label + w.head - start).to(tl.int32), basis.label, 0.0)
+            g += tl.where(columns == in_tile(label + w.head, start, tile), basis.label, 0.0)
         if tile.WIDER:
             g = tl.where(columns < columns_left(w.end, start, tile), g, 0.0)
         store_tile(pairs.gradient, pointer, start, w.head, end, columns, g, tile)

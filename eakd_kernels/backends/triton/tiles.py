@@ -47,6 +47,7 @@ class Tile(NamedTuple):
     FORM: int  # of the logits
     GRADIENT_FORM: int
     WIDER: bool  # the gradient has columns past the vocabulary
+    HALF: bool  # either is fp16
     AXIS: int  # along which columns are summed into lanes
     LANES: int
 
@@ -88,10 +89,18 @@ def row_head(m, row, tile: tl.constexpr):
 @triton.jit
 def row_start(m, row, head, WIDTH: tl.constexpr, FORM: tl.constexpr):
     """A pointer to the first column of the row's window, which is `head` columns before the row."""
-    offset = row_offset(m, row) - head
     if FORM >= WINDOW:
-        offset = multiple(offset, WIDTH)
-    return m.pointer + offset
+        return m.pointer + multiple(row_offset(m, row) - head, WIDTH)
+    elif FORM == COLUMNS:
+        return m.pointer + (row_offset(m, row) - head)
+    else:
+        return m.pointer + (row_offset(m, row) - head * number(m.column_stride))
+
+
+@triton.jit
+def in_tile(column, start, tile: tl.constexpr):
+    """A column of the window, counted from the tile's start: 32 bits, -1 before and BLOCK behind it."""
+    return tl.minimum(tl.maximum(column - start, -1), tile.BLOCK).to(tl.int32)
 
 
 @triton.jit
@@ -128,7 +137,7 @@ def load_tile(m, row_pointer, start, head, end, columns, OUTSIDE: tl.constexpr, 
         x = tl.load(row_pointer + at, columns < left, OUTSIDE, eviction_policy=policy)
     x = x.to(tl.float32)
     if tile.FORM == WINDOW and not LAST:
-        x = tl.where((columns >= (head - start).to(tl.int32)) & (columns < left), x, OUTSIDE)
+        x = tl.where((columns >= in_tile(head, start, tile)) & (columns < left), x, OUTSIDE)
     return x
 
 
@@ -144,10 +153,10 @@ def store_tile(m, row_pointer, start, head, end, columns, g, tile: tl.constexpr)
         if (start >= head) & (left == tile.BLOCK):
             tl.store(row_pointer + start + columns, g)
         else:
-            tl.store(row_pointer + start + columns, g, (columns >= (head - start).to(tl.int32)) & (columns < left))
+            tl.store(row_pointer + start + columns, g, (columns >= in_tile(head, start, tile)) & (columns < left))
     else:
         at = (start + columns) * number(m.column_stride)
-        tl.store(row_pointer + at, g, (columns >= (head - start).to(tl.int32)) & (columns < left))
+        tl.store(row_pointer + at, g, (columns >= in_tile(head, start, tile)) & (columns < left))
 
 
 @triton.jit
@@ -157,9 +166,7 @@ def load_rows(m, row, kept, vocab_size, tile: tl.constexpr):
     offset = row_offset(m, row)
     if tile.FORM == VECTORS:
         offset, vocab_size = multiple(offset, tile.WIDTH), multiple(vocab_size, tile.WIDTH)
-        at = offset[:, None] + columns[None, :]
-    else:
-        at = offset[:, None] + columns[None, :] * number(m.column_stride)
+    at = offset[:, None] + (columns * number(m.column_stride) if tile.FORM == STRIDED else columns)[None, :]
     x = tl.load(m.pointer + at, kept[:, None] & (columns < vocab_size)[None, :], -float("inf"))
     return x.to(tl.float32)
 
@@ -171,8 +178,6 @@ def store_rows(m, row, g, tile: tl.constexpr):
     offset = row_offset(m, row)
     if tile.GRADIENT_FORM == VECTORS:
         offset, num_columns = multiple(offset, tile.WIDTH), multiple(num_columns, tile.WIDTH)
-        at = offset[:, None] + columns[None, :]
-    else:
-        at = offset[:, None] + columns[None, :] * number(m.column_stride)
+    at = offset[:, None] + (columns * number(m.column_stride) if tile.GRADIENT_FORM == STRIDED else columns)[None, :]
     mask = (row < number(m.rows))[:, None] & (columns < num_columns)[None, :]
     tl.store(m.pointer + at, rounded(g, m.pointer.dtype.element_ty), mask)
