@@ -116,7 +116,7 @@ def test_whole_rows_take_the_longest_vectors_that_fit(columns, width):
     student, teacher = (x.detach() for x in make_logits(4, columns, dtype=torch.bfloat16))
     tile = launch.Plan(rows_of(student, teacher), "statistics").tile
     expected = (width, VECTORS.value if columns % 2 == 0 else WINDOW.value)
-    assert (tile.WIDTH, tile.FORM) == expected
+    assert expected == (tile.WIDTH, tile.FORM)
 
 
 def test_layout_finds_two_strides():
