@@ -87,21 +87,41 @@ def logits(rows: int, vocab_size: int, dtype: torch.dtype, offset: int = 0) -> t
     return storage[offset:].view(rows, vocab_size)
 
 
-def problem(rows, vocab_size, student=BF16, teacher=None, tau=1.0, t=3.0, labels=False, offset=0):
-    pair = logits(rows, vocab_size, student, offset), logits(rows, vocab_size, teacher or student, offset)
+def problem(rows, vocab_size, student=BF16, teacher=None, tau=1.0, t=3.0, labels=False):
+    pair = logits(rows, vocab_size, student), logits(rows, vocab_size, teacher or student)
     return ops.Rows(*pair, torch.zeros(rows, dtype=torch.int64) if labels else None, None, None, tau, t, vocab_size)
 
 
-def run(rows: ops.Rows, operations=("statistics", "gradient", "one pass"), slopes=False) -> None:
-    gradient, n = torch.empty_like(rows.student_logits), len(rows.student_logits)
+def with_every_tensor(rows: ops.Rows) -> ops.Rows:
+    n = len(rows.student_logits)
+    labels, keep = torch.zeros(n, dtype=torch.int64), torch.ones(n, dtype=torch.bool)
+    return rows._replace(labels=labels, keep=keep, temperatures=torch.ones(n))
+
+
+def apart(rows: ops.Rows) -> ops.Rows:
+    """The student one column further from a vector's start than the teacher."""
+    n, vocab_size = rows.student_logits.shape
+    return rows._replace(student_logits=logits(n, vocab_size, rows.student_logits.dtype, offset=1))
+
+
+def classes_first(rows: ops.Rows) -> ops.Rows:
+    pair = (x.view(len(x) // 64, rows.vocab_size, 64).movedim(1, -1) for x in rows[:2])
+    return rows._replace(**dict(zip(rows._fields, pair, strict=False)))
+
+
+def run(rows: ops.Rows, operations=("statistics", "gradient", "one pass"), everything=False) -> None:
+    """everything: slopes, all upstream gradients, a weight tensor and a count."""
+    gradient = torch.empty(rows.student_logits.shape, dtype=rows.student_logits.dtype)
+    leading, n = gradient.shape[:-1], gradient.shape[:-1].numel()
     if "statistics" in operations:
-        kernels.row_statistics(rows, slopes)
+        kernels.row_statistics(rows, everything)
     if "gradient" in operations:
-        upstream = (torch.empty(n), torch.empty(n) if slopes else None, None, None)
-        kernels.row_gradient(rows, torch.empty(len(STATISTICS), n), upstream, gradient)
+        upstream = [torch.empty(leading) if i == 0 or everything else None for i in range(4)]
+        kernels.row_gradient(rows, torch.empty(len(STATISTICS), *leading), upstream, gradient)
     if "one pass" in operations:
-        weighting = ops.WEIGHTINGS["ea"]
-        rule = ops.LossRule(None, weighting, math.log(rows.vocab_size), 1.0, True, 1.0, 0.5, 1 / n, None)
+        weighting = ops.WEIGHTINGS["tensor" if everything else "ea"]
+        given, count = (torch.empty(leading), torch.ones((), dtype=torch.int64)) if everything else (None, None)
+        rule = ops.LossRule(given, weighting, math.log(rows.vocab_size), 1.0, True, 1.0, 0.5, 1 / n, count)
         kernels.one_pass(rows, rule, gradient)
 
 
@@ -126,19 +146,24 @@ def compile_variants() -> None:
         "one temperature": {"tau": 2.0, "t": 2.0},
         "temperatures without a ratio": {"t": 2.7},
         "labels": {"labels": True, "tau": 2.0},
-        "slopes": {"t": 2.7},
+        "fp16": {"student": torch.float16},
     }
-    for name, options in variants.items():
-        run(problem(ENOUGH_ROWS, **{"vocab_size": 128256, **options}), slopes=name == "slopes")
+    for options in variants.values():
+        run(problem(ENOUGH_ROWS, **{"vocab_size": 128256, **options}))
+    for vocab_size in (128256, 1000):
+        for rows in (ENOUGH_ROWS, 2):
+            run(with_every_tensor(problem(rows, vocab_size)), everything=True)
+        run(problem(ENOUGH_ROWS, vocab_size)._replace(vocab_size=vocab_size - 8))
+        run(apart(problem(ENOUGH_ROWS, vocab_size)))
+        run(classes_first(problem(ENOUGH_ROWS, vocab_size)))
 
 
 def compile_bad_choices() -> None:
     """What the table must never say: a tile that does not fit the registers, and rows that are read unaligned."""
     launch.WALKING = {2: (16384, 4)}
     run(problem(ENOUGH_ROWS, 128256), ("one pass",))
-    student, teacher = logits(ENOUGH_ROWS, 128256, BF16, offset=1), logits(ENOUGH_ROWS, 128256, BF16)
     launch.WALKING = {2: (2048, 4)}
-    run(ops.Rows(student, teacher, None, None, None, 1.0, 3.0, 128256), ("one pass",))
+    run(apart(problem(ENOUGH_ROWS, 128256)), ("one pass",))
 
 
 def compile_kernels() -> None:

@@ -4,7 +4,8 @@ Two shapes of program. Small vocabularies: a tile holds ROWS whole rows, is read
 program walks along one row in tiles of BLOCK columns, and a tile has BLOCK/WIDTH lanes of WIDTH columns each. A lane
 lives in one thread, so the sums over its columns cost neither shuffles nor barriers.
 
-How the lanes lie is decided by how rows are aligned (Form); measured on cubins in tests/test_triton_cubins.py.
+How the lanes lie is decided by how rows are aligned (FORM, below). tests/backends/test_cubins.py holds what it compiles
+to: 128-bit loads, no spills.
 """
 
 from typing import NamedTuple
