@@ -70,6 +70,8 @@ def ours(student, teacher, labels, tau, t, backend):
 
 def _refusal(backend: str, case: Case) -> str | None:
     """Why a backend does not take a case."""
+    if backend == "triton" and case.device == "cpu":
+        return "an interpreter on a CPU, which is not there to be fast"
     dtype = DTYPES[case.dtype]
     try:
         resolve(backend, case.device, dtype, dtype)

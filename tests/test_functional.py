@@ -59,7 +59,7 @@ def check_everything(student, teacher, backend, labels=None, tau=1.0, t=3.0, ce_
 @pytest.mark.parametrize("dtype", FLOATS[1:], ids=str)
 @pytest.mark.parametrize("vocab_size", VOCABULARIES)
 def test_vocabularies(vocab_size, dtype, kernels):
-    student, teacher = make_logits(6, vocab_size, dtype=dtype)
+    student, teacher = make_logits(2 if interpreted(kernels) else 6, vocab_size, dtype=dtype)
     options = {"bound": 0.5} if vocab_size == 1 else {}  # log(1) = 0 divides by zero in the eager formula
     if options:
         stats = distill_stats(student, teacher, backend=kernels)
@@ -111,7 +111,7 @@ def test_near_identical(kernels):
 
 @pytest.mark.parametrize("model, vocab_size, rows", QUICK_SHAPES + OTHER_SHAPES)
 def test_model_vocabularies(model, vocab_size, rows, kernels):
-    student, teacher = make_logits(3, vocab_size, dtype=torch.bfloat16)
+    student, teacher = make_logits(1 if interpreted(kernels) else 3, vocab_size, dtype=torch.bfloat16)
     check_everything(student, teacher, kernels)
 
 

@@ -63,16 +63,16 @@ ALIGNMENTS = {
 }
 
 
-@pytest.mark.parametrize("vocab_size", [96, 4800, 4803], ids=str)
+@pytest.mark.parametrize("vocab_size", [96, 4803], ids=str)
 @pytest.mark.parametrize("student_at, teacher_at, form", ALIGNMENTS.values(), ids=ALIGNMENTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_alignments(vocab_size, student_at, teacher_at, form, dtype):
     """Whatever lies around the rows, NaN here, is neither used nor overwritten."""
-    student, teacher = (x.detach() for x in make_logits(3, vocab_size, dtype=dtype))
+    student, teacher = (x.detach() for x in make_logits(2, vocab_size, dtype=dtype))
     z, y = alone(student, **student_at), alone(teacher, **teacher_at)
     if vocab_size % 8 == 0:
         assert form_of(z, y) == form.value
-    labels, rule = torch.tensor([0, vocab_size - 1, vocab_size // 2]), rule_for(vocab_size, 0.3)
+    labels, rule = torch.tensor([0, vocab_size - 1]), rule_for(vocab_size, 0.3)
     want = kernels.one_pass(rows_of(student, teacher, labels), rule, exact := torch.empty_like(student))
     got = kernels.one_pass(rows_of(z, y, labels), rule, gradient := alone(student, **student_at))
     torch.testing.assert_close(got, want)
