@@ -2,7 +2,7 @@
 #   make demo   distil a real language model on this machine
 #   make test   build and run the tests
 #   make bench  time the loss against eager PyTorch and torch.compile
-#   make gpu    build, test and time on a GPU, with the Python that runs here and what it has
+#   make gpu    build, test (gpu-check) and time (gpu-bench) on a GPU, with python3 as it is; PYTHON=... for another
 #   make lint   ruff and clang-format, as CI runs them
 
 VENV ?= .venv

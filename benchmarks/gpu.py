@@ -32,10 +32,10 @@ def why_no_gpu() -> str | None:
     try:
         import torch
     except ImportError as error:
-        return f"no GPU: {sys.executable} has no torch ({error})"
+        return f"{sys.executable} has no torch ({error}); name one that has: make gpu PYTHON=..."
     if torch.cuda.is_available():
         return None
-    return f"no GPU: torch {torch.__version__} (CUDA {torch.version.cuda}) sees none"
+    return f"no GPU: torch {torch.__version__} (CUDA {torch.version.cuda}) of {sys.executable} sees none"
 
 
 class Steps:

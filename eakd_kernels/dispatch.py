@@ -71,8 +71,9 @@ def resolve(backend: str, device: str, student_dtype: torch.dtype, teacher_dtype
             if automatic:
                 _announce(name, device)
             return name
+    asked = f'backend="{wanted}"' if backend != "auto" else f"EAKD_BACKEND={wanted}"
     raise RuntimeError(
-        f'backend="{wanted}" cannot run: {reasons[wanted]}; usable here: '
+        f"{asked} cannot run: {reasons[wanted]}; usable here: "
         + ", ".join(name for name in BACKENDS if _reason(name, device, dtypes) is None)
     )
 

@@ -37,6 +37,10 @@ def test_environment_overrides_auto_only(monkeypatch):
     assert resolve("auto") == "reference"
     if available_backends()["cpu"] is None:
         assert resolve("cpu") == "cpu"
+    monkeypatch.setenv("EAKD_BACKEND", "cuda")
+    if available_backends()["cuda"] is not None:
+        with pytest.raises(RuntimeError, match=r"EAKD_BACKEND=cuda cannot run"):
+            resolve("auto")
     monkeypatch.setenv("EAKD_BACKEND", "nonsense")
     with pytest.raises(ValueError, match=r"EAKD_BACKEND.*nonsense"):
         resolve("auto")
@@ -80,6 +84,16 @@ def test_a_broken_triton_is_a_reason():
         "assert e.available_backends()['triton'] and e.available_backends()['reference'] is None\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_interpreter_asked_for_too_late_is_a_reason():
+    code = (
+        "import os, triton, eakd_kernels as e\n"
+        "os.environ['TRITON_INTERPRET'] = '1'\n"
+        "assert 'before Python starts' in e.available_backends()['triton']"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment)
 
 
 def test_environment_variables_are_all_in_one_place():

@@ -11,6 +11,7 @@ import torch
 try:
     import numpy as np
     import triton
+    import triton.language as tl
 except ImportError as error:
     raise ImportError(f"{error}; pip install triton numpy") from error
 
@@ -31,7 +32,10 @@ def _version(module) -> tuple[int, ...]:
 def unavailable_reason():
     if not INTERPRETED.value:
         there = torch.cuda.is_available() or torch.xpu.is_available()
-        return None if there else "there is no GPU; TRITON_INTERPRET=1 in the environment runs it on the CPU, slowly"
+        interpreter = "TRITON_INTERPRET=1, set before Python starts, runs it on the CPU, slowly"
+        return None if there else f"there is no GPU; {interpreter}"
+    if isinstance(tl.sum, triton.JITFunction):
+        return "TRITON_INTERPRET was set after Triton had been imported; set it before Python starts"
     # https://github.com/triton-lang/triton/issues/9171
     if _version(triton) < (3, 7) and _version(np) >= (2, 4):
         return f"Triton {triton.__version__} interprets no loops with numpy {np.__version__}; it needs numpy < 2.4"
