@@ -1,4 +1,4 @@
-"""The three operators as torch.library ops: schemas, fakes, and the call into the chosen backend.
+"""The operators as torch.library ops: schemas, fakes, and the call into the chosen backend.
 
     row_statistics   [..., V] x 2 -> [..., ] per field       two reads
     row_gradient     [..., V] x 2 and [...] per field -> [..., V]   two reads, one write

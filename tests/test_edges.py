@@ -27,7 +27,7 @@ def both_paths(student, teacher, **options):
 @pytest.mark.parametrize("columns", [slice(90, 100), slice(0, 3), slice(17, 18)], ids=["tail", "head", "one"])
 def test_columns_masked_in_both(columns, dtype, backend):
     if dtype == torch.float64 and not takes_fp64(backend):
-        pytest.skip("takes no fp64")
+        pytest.skip("this backend takes no fp64")
     student, teacher = make_logits(4, 100, dtype=dtype)
     masked = [tensor.detach().clone() for tensor in (student, teacher)]
     for tensor in masked:

@@ -31,7 +31,7 @@ RULES = [
 @pytest.mark.parametrize("tensors", [True, False])
 def test_opcheck(dtype, tensors, kernels):
     if dtype == torch.float64 and not takes_fp64(kernels):
-        pytest.skip("takes no fp64")
+        pytest.skip("this backend takes no fp64")
     rows = make_rows(dtype, tensors)
     statistics = ops.row_statistics(*rows, tensors, kernels)
     upstream = torch.rand(2, 3, dtype=statistics.dtype)

@@ -344,7 +344,7 @@ def test_cuda_graphs(rows, vocab_size):
 def test_a_row_of_2_31_columns():
     vocab_size = 2**31
     if torch.cuda.mem_get_info()[0] < 16 * vocab_size:
-        pytest.skip("needs 32 GiB")
+        pytest.skip("needs 32 GiB of free GPU memory")
     student, teacher = (torch.zeros(1, vocab_size, dtype=torch.bfloat16) for _ in range(2))
     student[0, -1] = teacher[0, 0] = 20.0
     statistics = kernels.row_statistics(rows_of(student, teacher, tau=1.0), False)

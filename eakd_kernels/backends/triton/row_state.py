@@ -100,8 +100,8 @@ def power(u, n: tl.constexpr):
     return result
 
 
-class Steps(NamedTuple):
-    """What is added to all exponents; a and e are not looked at where they are shared with b and d."""
+class PerExponent(NamedTuple):
+    """Of each exponent its own; a and e are not looked at where they are shared with b and d."""
 
     b: tl.tensor
     d: tl.tensor
@@ -140,25 +140,16 @@ def shift(s, by, P: tl.constexpr, Q: tl.constexpr, f: tl.constexpr):
     return RowState(s.My, s.Mz, A0, A1, E0, E1, rb * s.B0, Bd, rd * s.D0, F0, B1, D1, Bbd)
 
 
-class Centres(NamedTuple):
-    """What makes logits exponents (see `exponent`): M if guarded, else -M k, for the shared temperature or for each."""
-
-    b: tl.tensor
-    d: tl.tensor
-    a: tl.tensor
-    e: tl.tensor
-    hard: tl.tensor
-
-
 @triton.jit
 def centres(my, mz, k, GUARDED: tl.constexpr, f: tl.constexpr):
+    """What makes logits exponents (see `exponent`): M if guarded, else -M k, for the shared temperature or for each."""
     y, z = centre(my, GUARDED), centre(mz, GUARDED)
     if GUARDED:
-        return Centres(y, z, y, z, z)
+        return PerExponent(y, z, y, z, z)
     elif f.P > 0:
-        return Centres(-y * k.k_0, -z * k.k_0, -y * k.k_0, -z * k.k_0, -z * LOG2_E)
+        return PerExponent(-y * k.k_0, -z * k.k_0, -y * k.k_0, -z * k.k_0, -z * LOG2_E)
     else:
-        return Centres(-y * k.k_tau, -z * k.k_tau, -y * k.k_t, -z * k.k_t, -z * LOG2_E)
+        return PerExponent(-y * k.k_tau, -z * k.k_tau, -y * k.k_t, -z * k.k_t, -z * LOG2_E)
 
 
 @triton.jit
@@ -179,7 +170,7 @@ def raise_maxima(s, my, mz, k, GUARDED: tl.constexpr, f: tl.constexpr):
     k_b, k_a = k.k_tau, k.k_t
     if f.P > 0:
         k_b, k_a = k.k_0, k.k_0
-    by = Steps(
+    by = PerExponent(
         step(old.b, new.b, k_b, y, GUARDED),
         step(old.d, new.d, k_b, z, GUARDED),
         step(old.a, new.a, k_a, y, GUARDED),
@@ -263,7 +254,7 @@ def about_maxima(s, k, GUARDED: tl.constexpr, f: tl.constexpr):
         if f.P > 0:
             k_b, k_a = k.k_0, k.k_0
         hard = -fma(z, tl.cast(LOG2_E, tl.float32), c.hard)
-        by = Steps(-fma(y, k_b, c.b), -fma(z, k_b, c.d), -fma(y, k_a, c.a), -fma(z, k_a, c.e), hard)
+        by = PerExponent(-fma(y, k_b, c.b), -fma(z, k_b, c.d), -fma(y, k_a, c.a), -fma(z, k_a, c.e), hard)
         s = shift(s, by, f.P, f.Q, f)
     A0, A1, E0, E1, Bd = s.A0, s.A1, s.E0, s.E1, s.Bd
     if f.P > 0:
@@ -281,7 +272,7 @@ def fold(s, k, f: tl.constexpr):
     """One state out of those along axis 0. The order is fixed, so the result is the same bit for bit."""
     My, Mz = tl.max(s.My, 0), tl.max(s.Mz, 0)
     y, z = is_empty(s.My, True), is_empty(s.Mz, True)
-    by = Steps(
+    by = PerExponent(
         step(s.My, My, k.k_tau, y, True),
         step(s.Mz, Mz, k.k_tau, z, True),
         step(s.My, My, k.k_t, y, True),

@@ -180,7 +180,7 @@ def sweep(pairs, w, k, split, GUARDED: tl.constexpr, tile: tl.constexpr, f: tl.c
 
 @triton.jit
 def sum_row(pairs, w, k, split, tile: tl.constexpr, f: tl.constexpr):
-    """The same, by the fast sweep where nothing speaks against it. Guards are a fifth of all instructions."""
+    """The same, by the fast sweep where nothing speaks against it. Guards cost instructions in every column."""
     if tile.HALF or f.SLOPES:  # fp16 does not reach OUTSIDE; Bbd would square it
         return sweep(pairs, w, k, split, True, tile, f)
     else:
