@@ -23,10 +23,6 @@
 #endif
 
 namespace eakd {
-// One copy per translation unit: the same header is compiled for several instruction sets, and a linker that merged
-// the copies could hand AVX-512 code to a machine without it.
-namespace {
-
 // Order of the rows of the statistics tensor, as eakd_kernels/stats.py names them. The first six are public; the
 // second six are what the gradient needs (sums, not log-sum-exps: at an offset of 1000 an fp32 lse has steps of 6e-5);
 // the last two are there only for a temperature that requires grad.
@@ -55,6 +51,19 @@ enum Field : int {
 
 enum Weighting : int { kWeightNone, kWeightTeacher, kWeightStudent, kWeightEA, kWeightTensor };
 
+// How a row's statistics become its share of the loss: kd_weight * w * (tau^2) * D + ce_weight * CE.
+struct LossRule {
+  Weighting weighting;
+  bool tau_squared;
+  double entropy_bound;  // H_ub, nats
+  double weight_scale;   // multiplies every weight: 1/H_ub for weight_norm="bound"
+  double kd_weight, ce_weight;
+};
+
+// One copy per translation unit: the same header is compiled for several instruction sets, and a linker that merged
+// the copies could hand AVX-512 code to a machine without it.
+namespace {
+
 // <cmath>'s overloads are inline functions of the standard library, which the note above keeps out of here.
 EAKD_HD float pow2(float x) { return exp2f(x); }
 EAKD_HD double pow2(double x) { return ::exp2(x); }
@@ -69,7 +78,18 @@ struct Temperatures {
   T tau, t;
   T k_tau, k_t;
   EAKD_HD Temperatures(double tau_, double t_) : tau(T(tau_)), t(T(t_)), k_tau(T(kLog2E / tau_)), k_t(T(kLog2E / t_)) {}
+  EAKD_HD Temperatures(T tau_, T t_, T k_tau_, T k_t_) : tau(tau_), t(t_), k_tau(k_tau_), k_t(k_t_) {}
 };
+
+// One number for each of the exponents above; `hard` is the one at temperature 1.
+template <typename T>
+struct PerExponent {
+  T a, e, b, d, hard;
+};
+
+// A step is multiplied by sums before the factor 2^step = 0 is: it must stay finite, 0 * (-inf) would be NaN.
+EAKD_HD float exponent_step(float step) { return step < -0x1p100f ? -0x1p100f : step; }
+EAKD_HD double exponent_step(double step) { return step < -0x1p1000 ? -0x1p1000 : step; }
 
 template <typename T>
 struct RowState {
@@ -77,22 +97,28 @@ struct RowState {
   T A0 = 0, A1 = 0, E0 = 0, E1 = 0, B0 = 0, Bd = 0, D0 = 0, F0 = 0;
   T B1 = 0, D1 = 0, Bbd = 0;
 
+  // Every exponent grows by a constant; `factor` is 2 to the power of it.
+  EAKD_HD void rescale(const PerExponent<T>& by, const PerExponent<T>& factor) {
+    A1 = factor.a * (A1 + by.a * A0), A0 *= factor.a;
+    E1 = factor.e * (E1 + by.e * E0), E0 *= factor.e;
+    // b - d moves with either, so Bd changes even where only the student's maximum moved. Teacher mass that vanishes
+    // (factor.b == 0) takes an infinite Bd with it; times B0, so that NaN stays.
+    const bool vanished = factor.b == 0;
+    Bbd = vanished ? factor.b * B0 : factor.b * (Bbd + by.b * Bd + (by.b - by.d) * (B1 + by.b * B0));
+    Bd = vanished ? factor.b * B0 : factor.b * (Bd + (by.b - by.d) * B0);
+    B1 = factor.b * (B1 + by.b * B0), B0 *= factor.b;
+    D1 = factor.d * (D1 + by.d * D0), D0 *= factor.d;
+    if (F0 != 0) F0 *= factor.hard;
+  }
+
   // Re-centre on maxima (my, mz) that are at least the present ones: every exponent grows by a constant <= 0.
   EAKD_HD void recentre(T my, T mz, const Temperatures<T>& k) {
     if (my == My && mz == Mz) return;
     // An empty side has sums of 0 and takes any centre; (-inf) - (-inf) would make them NaN.
-    const T step_y = My == T(-INFINITY) ? T(0) : My - my, step_z = Mz == T(-INFINITY) ? T(0) : Mz - mz;
-    const T a = step_y * k.k_t, e = step_z * k.k_t, b = step_y * k.k_tau, d = step_z * k.k_tau;
-    const T ra = pow2(a), re = pow2(e), rb = pow2(b), rd = pow2(d);
-    A1 = ra * (A1 + a * A0), A0 *= ra;
-    E1 = re * (E1 + e * E0), E0 *= re;
-    // b - d moves by step_y - step_z, so Bd changes even where only the student's maximum moved. Teacher mass that
-    // vanishes (rb == 0) takes an infinite Bd with it; times B0, so that NaN stays.
-    Bbd = rb == 0 ? rb * B0 : rb * (Bbd + b * Bd + (b - d) * (B1 + b * B0));
-    Bd = rb == 0 ? rb * B0 : rb * (Bd + (b - d) * B0);
-    B1 = rb * (B1 + b * B0), B0 *= rb;
-    D1 = rd * (D1 + d * D0), D0 *= rd;
-    if (F0 != 0) F0 *= pow2(step_z * T(kLog2E));
+    const T y = My == T(-INFINITY) ? T(0) : My - my, z = Mz == T(-INFINITY) ? T(0) : Mz - mz;
+    const PerExponent<T> by = {exponent_step(y * k.k_t), exponent_step(z * k.k_t), exponent_step(y * k.k_tau),
+                               exponent_step(z * k.k_tau), exponent_step(z * T(kLog2E))};
+    rescale(by, {pow2(by.a), pow2(by.e), pow2(by.b), pow2(by.d), pow2(by.hard)});
     My = my, Mz = mz;
   }
 
@@ -113,6 +139,11 @@ struct RowResult {
   T divergence_slope, student_lse_slope;  // d/dtau
 };
 
+template <typename T>
+EAKD_HD T nonnegative(T x) {  // an entropy falls below 0 by rounding only; NaN stays
+  return x < 0 ? T(0) : x;
+}
+
 // A side that is -inf throughout has no distribution: its own statistics read 0. The divergence is 0 where the teacher
 // has no mass and +inf where only the student has none. NaN != 0, so NaN takes the ordinary formulas and stays NaN; the
 // products with the other side's sum keep a NaN that is there.
@@ -120,8 +151,8 @@ template <typename T>
 EAKD_HD RowResult<T> finish(const RowState<T>& s, const Temperatures<T>& k, T label_logit) {
   const T ln2 = T(kLn2);
   RowResult<T> r;
-  r.teacher_entropy = s.A0 == 0 ? T(0) : ln(s.A0) - ln2 * (s.A1 / s.A0);
-  r.student_entropy = s.E0 == 0 ? T(0) : ln(s.E0) - ln2 * (s.E1 / s.E0);
+  r.teacher_entropy = s.A0 == 0 ? T(0) : nonnegative(ln(s.A0) - ln2 * (s.A1 / s.A0));
+  r.student_entropy = s.E0 == 0 ? T(0) : nonnegative(ln(s.E0) - ln2 * (s.E1 / s.E0));
   r.teacher_lse = s.B0 == 0 ? T(0) : s.My / k.tau + ln(s.B0);
   r.student_lse = s.D0 == 0 ? T(0) : s.Mz / k.tau + ln(s.D0);
   r.divergence = s.B0 == 0 ? T(0) * s.D0 : s.D0 == 0 ? T(INFINITY) * s.B0 : ln2 * (s.Bd / s.B0) + ln(s.D0 / s.B0);
@@ -133,15 +164,6 @@ EAKD_HD RowResult<T> finish(const RowState<T>& s, const Temperatures<T>& k, T la
   r.divergence_slope = s.B0 == 0 ? T(0) : -(ln2 * (mean_d - (mean_b - mean_bd)) + ln2 * ln2 * covariance) / k.tau;
   return r;
 }
-
-// How a row's statistics become its share of the loss: kd_weight * w * (tau^2) * D + ce_weight * CE.
-struct LossRule {
-  Weighting weighting;
-  bool tau_squared;
-  double entropy_bound;  // H_ub, nats
-  double weight_scale;   // multiplies every weight: 1/H_ub for weight_norm="bound"
-  double kd_weight, ce_weight;
-};
 
 template <typename T>
 struct RowLoss {

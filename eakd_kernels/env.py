@@ -12,6 +12,8 @@ class Variable(NamedTuple):
 
 VARIABLES = (
     Variable("EAKD_BACKEND", "run time", 'the backend that backend="auto" takes: reference, cpu, triton or cuda'),
+    Variable("EAKD_CUDA_PLAN", "run time", 'the CUDA kernel to run, and its cluster: "resident:8", "ring:4", "stream"'),
+    Variable("EAKD_CUDA_EMULATOR", "run time", "a libeakd_cuda_emulator.so: the CUDA kernels' source on CPU tensors"),
     Variable("EAKD_NO_EXT", "install", "1: pure Python, no compiler needed; the loss runs through reference or triton"),
     Variable("EAKD_DEBUG", "install", "1: compile without optimisation, with debug information"),
     Variable("EAKD_SANITIZE", "install", "compile with these sanitizers, e.g. address,undefined"),
@@ -21,6 +23,14 @@ VARIABLES = (
 
 def preferred_backend() -> str | None:
     return os.environ.get("EAKD_BACKEND") or None
+
+
+def cuda_plan() -> str:
+    return os.environ.get("EAKD_CUDA_PLAN", "")
+
+
+def cuda_emulator() -> str | None:
+    return os.environ.get("EAKD_CUDA_EMULATOR") or None
 
 
 def given() -> dict[str, str]:

@@ -1,40 +1,17 @@
-// The three operators on CPU tensors: check, take raw pointers, share the rows out. Schemas at the end; the Python
-// twin of every argument is eakd_kernels/ops.py.
-#include <ATen/core/Tensor.h>
+// The three operators on CPU tensors: check, take raw pointers, share the rows out.
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 #include <sys/mman.h>
-#include <torch/library.h>
 
-#include <optional>
 #include <tuple>
 
+#include "../operators.h"
 #include "rows.h"
 
 namespace eakd {
 namespace {
 
-using at::Tensor;
-using OptionalTensor = std::optional<Tensor>;
-
 // ---- tensors -> views --------------------------------------------------------------------------------------------
-
-// The leading dimensions as (outer, inner) with one stride each, or false if they need more than two strides.
-bool view_rows(const Tensor& t, LogitsView& v) {
-  int64_t sizes[2] = {1, 1}, strides[2] = {0, 0};  // innermost first
-  int used = 0;
-  for (int64_t i = t.dim() - 2; i >= 0; --i) {
-    if (t.size(i) == 1) continue;
-    if (used > 0 && t.stride(i) == strides[used - 1] * sizes[used - 1]) {
-      sizes[used - 1] *= t.size(i);
-    } else {
-      if (used == 2) return false;
-      sizes[used] = t.size(i), strides[used] = t.stride(i), ++used;
-    }
-  }
-  v.inner = sizes[0], v.inner_stride = strides[0], v.outer_stride = strides[1];
-  return true;
-}
 
 Storage storage_of(const Tensor& t) {
   switch (t.scalar_type()) {
@@ -48,11 +25,9 @@ Storage storage_of(const Tensor& t) {
 
 // Makes `t` contiguous where its leading dimensions need more than two strides; the caller keeps it alive.
 LogitsView view(Tensor& t) {
+  const LeadingStrides rows = rows_of(t);
   LogitsView v;
-  if (t.numel() > 0 && !view_rows(t, v)) {
-    t = t.contiguous();
-    view_rows(t, v);
-  }
+  v.inner = rows.inner, v.outer_stride = rows.outer_stride, v.inner_stride = rows.inner_stride;
   v.data = static_cast<char*>(t.data_ptr());
   v.storage = storage_of(t);
   v.item_bytes = t.element_size();
@@ -72,11 +47,7 @@ struct Rows {
   Rows(const Tensor& student_, const Tensor& teacher_, const OptionalTensor& labels_, const OptionalTensor& keep_,
        const OptionalTensor& temperatures_, double temperature, double entropy_temperature, int64_t vocab_size)
       : student(student_), teacher(teacher_), tau(temperature), t(entropy_temperature) {
-    TORCH_CHECK(student.dim() >= 1 &&
-                    student.sizes().slice(0, student.dim() - 1) == teacher.sizes().slice(0, teacher.dim() - 1),
-                "student and teacher must have the same rows");
-    TORCH_CHECK(vocab_size >= 1 && vocab_size <= student.size(-1) && vocab_size <= teacher.size(-1), "vocab_size ",
-                vocab_size, " is outside the logits' last dimension");
+    check_rows(student, teacher, vocab_size);
     leading = student.sizes().slice(0, student.dim() - 1).vec();
     job.rows = c10::multiply_integers(leading);
     job.vocab_size = vocab_size;
@@ -144,11 +115,6 @@ struct Rows {
   }
 };
 
-#define EAKD_ROW_PARAMETERS \
-  const Tensor &student, const Tensor &teacher, const OptionalTensor &labels, const OptionalTensor &keep, \
-      const OptionalTensor &temperatures, double temperature, double entropy_temperature, int64_t vocab_size
-#define EAKD_ROW_ARGUMENTS student, teacher, labels, keep, temperatures, temperature, entropy_temperature, vocab_size
-
 // ---- row statistics ----------------------------------------------------------------------------------------------
 
 template <typename T>
@@ -205,9 +171,7 @@ void compute_gradient(const Rows& rows, const T* statistics, const T* const upst
   });
 }
 
-void row_gradient(EAKD_ROW_PARAMETERS, const Tensor& statistics, const OptionalTensor& grad_divergence,
-                  const OptionalTensor& grad_student_entropy, const OptionalTensor& grad_student_lse,
-                  const OptionalTensor& grad_cross_entropy, const Tensor& gradient) {
+void row_gradient(EAKD_ROW_PARAMETERS, const Tensor& statistics, EAKD_UPSTREAM_PARAMETERS, const Tensor& gradient) {
   Rows rows(EAKD_ROW_ARGUMENTS);
   rows.set_gradient(gradient);
   Tensor holders[4];
@@ -246,10 +210,7 @@ double compute_loss(const Rows& rows, const LossRule& rule, const T* weights, do
   return total * scale;
 }
 
-std::tuple<Tensor, Tensor> one_pass(EAKD_ROW_PARAMETERS, const OptionalTensor& weights, int64_t weighting,
-                                    double entropy_bound, double weight_scale, bool tau_squared, double kd_weight,
-                                    double ce_weight, double scale, const OptionalTensor& denominator,
-                                    const Tensor& gradient) {
+std::tuple<Tensor, Tensor> one_pass(EAKD_ROW_PARAMETERS, EAKD_RULE_PARAMETERS, const Tensor& gradient) {
   Rows rows(EAKD_ROW_ARGUMENTS);
   rows.set_gradient(gradient);
   const LossRule rule{
@@ -268,20 +229,7 @@ std::tuple<Tensor, Tensor> one_pass(EAKD_ROW_PARAMETERS, const OptionalTensor& w
   return {loss, out};
 }
 
-#define EAKD_ROW_SCHEMA \
-  "Tensor student, Tensor teacher, Tensor? labels, Tensor? keep, Tensor? temperatures, float temperature, " \
-  "float entropy_temperature, int vocab_size, "
-
-TORCH_LIBRARY(eakd_cpu, m) {
-  m.def("row_statistics(" EAKD_ROW_SCHEMA "bool temperature_slopes) -> Tensor");
-  m.def("row_gradient(" EAKD_ROW_SCHEMA
-        "Tensor statistics, Tensor? grad_divergence, Tensor? grad_student_entropy, "
-        "Tensor? grad_student_lse, Tensor? grad_cross_entropy, Tensor(a!) gradient) -> ()");
-  m.def("one_pass(" EAKD_ROW_SCHEMA
-        "Tensor? weights, int weighting, float entropy_bound, float weight_scale, "
-        "bool tau_squared, float kd_weight, float ce_weight, float scale, Tensor? denominator, "
-        "Tensor(a!) gradient) -> (Tensor, Tensor)");
-}
+TORCH_LIBRARY(eakd_cpu, m) { EAKD_DEFINE_OPERATORS(m, ""); }
 
 TORCH_LIBRARY_IMPL(eakd_cpu, CPU, m) {
   m.impl("row_statistics", &row_statistics);
