@@ -41,7 +41,17 @@ def _extension() -> list[tuple[str, str]]:
         return [("extension", f"not there ({error})")]
     info = _C.build_info()
     built = f"torch {info['torch']}, C++ {info['cxx_standard']}, compiler {info['compiler']}"
-    return [("extension", built), ("instruction set", _C.cpu_isa())]
+    return [("extension", built), ("instruction set", _C.cpu_isa()), ("CUDA extension", _cuda_extension())]
+
+
+def _cuda_extension() -> str:
+    from .backends import cuda
+
+    if cuda._C_cuda is None:
+        return cuda.unavailable_reason()
+    info = cuda._C_cuda.build_info()
+    where = "" if cuda.EMULATOR is None else f", emulated: {cuda.EMULATOR}"
+    return f"torch {info['torch']}, architectures {info['architectures']}{where}"
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ VARIABLES = (
     Variable("EAKD_CUDA_PLAN", "run time", 'the CUDA kernel to run, and its cluster: "resident:8", "ring:4", "stream"'),
     Variable("EAKD_CUDA_EMULATOR", "run time", "a libeakd_cuda_emulator.so: the CUDA kernels' source on CPU tensors"),
     Variable("EAKD_NO_EXT", "install", "1: pure Python, no compiler needed; the loss runs through reference or triton"),
+    Variable("EAKD_NO_CUDA", "install", "1: no CUDA kernels, where PyTorch has CUDA"),
     Variable("EAKD_DEBUG", "install", "1: compile without optimisation, with debug information"),
     Variable("EAKD_SANITIZE", "install", "compile with these sanitizers, e.g. address,undefined"),
     Variable("EAKD_BUILD_TORCH", "install", "the torch to build against where the build cannot see the installed one"),

@@ -1,11 +1,15 @@
 import os
+from pathlib import Path
 
 import pytest
 import torch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when the kernels are imported
+EMULATOR = Path(__file__).parent / "emulator" / "libeakd_cuda_emulator.so"
+if not torch.cuda.is_available():  # both are read when the kernels are imported
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+    if EMULATOR.exists():
+        os.environ.setdefault("EAKD_CUDA_EMULATOR", str(EMULATOR))
 
 from eakd_kernels import available_backends
 
@@ -15,6 +19,14 @@ USABLE = [
     for name, reason in available_backends().items()
     if reason is None
 ]
+
+
+def pytest_report_header():
+    """A backend that is not tested is not silently so."""
+    reasons = available_backends()
+    if reasons["cuda"] is not None:
+        reasons["cuda"] += "; `make emulator` lets its source be tested without a GPU"
+    return [f"backend {name}: {reason or 'tested'}" for name, reason in reasons.items()]
 
 
 @pytest.fixture(autouse=True)

@@ -16,6 +16,13 @@ def takes_fp64(backend):
     return backend in ("reference", "cpu")
 
 
+def takes_pair(backend, student_dtype, teacher_dtype):
+    """The CUDA kernels are compiled for equal dtypes and for a student in fp32."""
+    if torch.float64 in (student_dtype, teacher_dtype):
+        return takes_fp64(backend)
+    return backend != "cuda" or student_dtype in (teacher_dtype, torch.float32)
+
+
 def widest(backend):
     """The dtype in which a backend is most exact."""
     return torch.float64 if takes_fp64(backend) else torch.float32

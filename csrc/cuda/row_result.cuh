@@ -87,9 +87,10 @@ struct GradientOfRow {
         label(row.label()),
         hard(row.job.hard > kHardSumAtTau) {}
 
-  // But for the label's.
+  // But for the label's. Not a fused multiply-add, whose product is exact: where student and teacher agree, the two
+  // products must too, so that the gradient is 0.
   __device__ __forceinline__ float of(float y, float z) const {
-    return fmaf(p, ptx::ex2((y - My) * k_tau), q * ptx::ex2((z - Mz) * k_tau));
+    return __fadd_rn(__fmul_rn(q, ptx::ex2((z - Mz) * k_tau)), __fmul_rn(p, ptx::ex2((y - My) * k_tau)));
   }
 
   __device__ __forceinline__ float rarer_terms(float z) const {

@@ -52,10 +52,65 @@ def unsupported_reason(device, dtypes):
     if dtypes not in _PAIRS:
         student, teacher = (str(dtype).removeprefix("torch.") for dtype in dtypes)
         return (
-            f"it takes a student and a teacher of the same dtype out of float32, bfloat16 and float16, or a float32 "
-            f'student, got {student} and {teacher}; backend="triton" takes every pair of these'
+            "it takes a student and a teacher of the same dtype out of float32, bfloat16 and float16, or a float32 "
+            f'student, got {student} and {teacher}; backend="triton" takes every pair of these, backend="reference" '
+            "float64 too"
         )
     return None
+
+
+def launch_plan(
+    rows: int,
+    vocab_size: int,
+    dtype: torch.dtype = torch.bfloat16,
+    teacher_dtype: torch.dtype | None = None,
+    *,
+    operation: str = "one_pass",
+    aligned: bool = True,
+    plan: str = "",
+    capability: int = 90,
+    processors: int = 132,
+    shared_bytes: int = 232448,
+    l2_bytes: int = 50 << 20,
+    largest_cluster: int = 16,
+) -> dict[str, int | str]:
+    """Which CUDA kernel takes [rows, vocab_size] logits, and in what shape; no GPU is needed to ask.
+
+    operation: "one_pass" or "row_statistics". aligned: rows of both logits and of the gradient begin alike within 16
+    bytes, as they do where all are contiguous. plan: what EAKD_CUDA_PLAN would say. The rest describes the device; an
+    H100 if not given: capability 10 major + minor, multiprocessors, shared memory a block may have, L2, blocks a
+    cluster may have.
+
+    Returns kernel ("small", "resident", "ring" or "stream"), width (columns a load), cluster (blocks that share a row),
+    threads (a block), blocks, lanes (of "small": threads a row), stages and slice (of "ring": row pairs in shared
+    memory, vectors of each), shared_bytes (of "ring"). docs/performance.md says how they are chosen.
+
+    Raises ValueError for an unknown operation, or a plan that cannot take such rows; RuntimeError without the compiled
+    extension.
+
+    >>> launch_plan(8192, 128256)["kernel"]  # doctest: +SKIP
+    'ring'
+    """
+    try:
+        from .. import _C
+    except ImportError as error:
+        raise RuntimeError(f"launch plans are in the extension eakd_kernels._C, which is not there ({error})") from None
+    if operation not in ("one_pass", "row_statistics"):
+        raise ValueError(f'operation must be "one_pass" or "row_statistics", got {operation!r}')
+    sizes = dtype.itemsize, (teacher_dtype or dtype).itemsize
+    return _C.cuda_plan(
+        operation == "one_pass",
+        *sizes,
+        rows,
+        vocab_size,
+        aligned,
+        plan,
+        capability=capability,
+        processors=processors,
+        shared_bytes=shared_bytes,
+        l2_bytes=l2_bytes,
+        largest_cluster=largest_cluster,
+    )
 
 
 def row_statistics(rows, temperature_slopes):
