@@ -4,6 +4,8 @@ Metadata is in pyproject.toml; every EAKD_* variable is listed in eakd_kernels/e
 """
 
 import os
+import re
+import sys
 from glob import glob
 
 from setuptools import setup
@@ -51,10 +53,8 @@ def cuda_home(cpp_extension):
     return None
 
 
-def cuda_extension(cpp_extension):
+def cuda_extension(cpp_extension, torch):
     """The extension, or the reason why there is none."""
-    import torch
-
     if os.environ.get("EAKD_NO_CUDA") == "1":
         return "EAKD_NO_CUDA=1"
     if torch.version.cuda is None:
@@ -77,10 +77,23 @@ def cuda_extension(cpp_extension):
     )
 
 
+def version(torch=None):
+    """A compiled wheel fits one torch and one CUDA, and says so in its name."""
+    with open("eakd_kernels/__init__.py") as file:
+        plain = re.search(r'__version__ = "(.+)"', file.read()).group(1)
+    if torch is None:
+        return plain
+    minor = ".".join(torch.__version__.split(".")[:2])
+    cuda = "cpu" if torch.version.cuda is None else "cu" + torch.version.cuda.replace(".", "")
+    return f"{plain}+torch{minor}.{cuda}"
+
+
 def extensions():
-    if os.environ.get("EAKD_NO_EXT") == "1":
-        return {}
+    # A source distribution fits every torch, and needs none.
+    if os.environ.get("EAKD_NO_EXT") == "1" or "sdist" in sys.argv:
+        return {"version": version()}
     try:
+        import torch
         from torch.utils import cpp_extension
     except ImportError as error:
         raise SystemExit(
@@ -98,10 +111,11 @@ def extensions():
                     'or EAKD_NO_EXT=1 to install without any: everything works through backend="reference", slower.'
                 ) from error
 
-    found = cuda_extension(cpp_extension)
+    found = cuda_extension(cpp_extension, torch)
     if isinstance(found, str):
         print(f"eakd_kernels: no CUDA kernels are compiled: {found}")
     return {
+        "version": version(torch),
         "ext_modules": [cpu_extension(cpp_extension), *([] if isinstance(found, str) else [found])],
         "cmdclass": {"build_ext": Build},
     }
