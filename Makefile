@@ -3,6 +3,7 @@
 #   make test   build and run the tests
 #   make bench  time the loss against eager PyTorch and torch.compile
 #   make gpu    build, test (gpu-check) and time (gpu-bench) on a GPU, with python3 as it is; PYTHON=... for another
+#   make emulator   the CUDA kernels' source for CPU tensors, as the tests have them
 #   make lint   ruff and clang-format, as CI runs them
 
 VENV ?= .venv
@@ -12,28 +13,39 @@ TORCH ?= torch==2.13.0
 
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check --quiet
-CXX_SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/*.h csrc/cpu/*.cpp)
+CXX_SOURCES := $(wildcard $(foreach folder,csrc csrc/cpu csrc/cuda,$(addprefix $(folder)/*,.h .cpp .cuh .cu)))
+EMULATOR_SOURCES := $(shell find tests/emulator -name '*.h' -o -name '*.cpp')
 
-.PHONY: demo test smoke sanitize bench gpu gpu-check gpu-bench lint format clean
+.PHONY: demo test emulator smoke sanitize bench gpu gpu-check gpu-bench lint format clean
 
 demo: $(VENV)/.installed $(VENV)/.teacher
 	$(PY) examples/distill_lm.py --out out/demo
 
-test: $(VENV)/.installed
+test: emulator
 	$(PY) -m pytest
+
+# The CUDA kernels' source for CPU tensors: tests/emulator/libeakd_cuda_emulator.so, which the tests load.
+emulator: $(VENV)/.installed
+	$(MAKE) --silent -j2 -C tests/emulator PYTHON="$(abspath $(PY))"
 
 # Three steps of the demo and one benchmark case: that they run, not what they show.
 smoke: $(VENV)/.installed $(VENV)/.teacher
 	$(PY) examples/distill_lm.py --steps 3 --out out/smoke
 	$(PY) -m benchmarks --case CIFAR-100 --rounds 3
 
-# The C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer, built into a folder of their own. Leaks are not
-# looked for: Python and torch keep much until they exit.
+# The C++ and the CUDA kernels under AddressSanitizer and UndefinedBehaviorSanitizer, built into a folder of their own.
+# Leaks are not looked for: Python and torch keep much until they exit.
+SANITIZE := address,undefined
 sanitize: $(VENV)/.installed
-	EAKD_SANITIZE=address,undefined $(PY) setup.py --quiet build --build-lib out/sanitize/lib --build-temp out/sanitize/tmp
+	EAKD_SANITIZE=$(SANITIZE) $(PY) setup.py --quiet build --build-lib out/sanitize/lib --build-temp out/sanitize/tmp
+	$(MAKE) --silent -j2 -C tests/emulator PYTHON="$(abspath $(PY))" SANITIZE=$(SANITIZE) \
+		LIBRARY=$(CURDIR)/out/sanitize/libeakd_cuda_emulator.so OBJECTS=$(CURDIR)/out/sanitize/emulator
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
-	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1 $(PY) -m pytest -o "pythonpath=out/sanitize/lib ." -m "not slow" -k "not triton" \
-		tests/test_conformance.py tests/test_functional.py tests/test_edges.py tests/test_ops.py tests/backends/test_cpu.py
+	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1 \
+	EAKD_CUDA_EMULATOR=$(CURDIR)/out/sanitize/libeakd_cuda_emulator.so \
+	$(PY) -m pytest -o "pythonpath=out/sanitize/lib ." -m "not slow" -k "not triton" \
+		tests/test_conformance.py tests/test_functional.py tests/test_edges.py tests/test_ops.py \
+		tests/backends/test_cpu.py tests/emulator/test_kernels.py
 
 bench: $(VENV)/.installed
 	$(PY) -m benchmarks --threads 2 --memory --out out/benchmarks
@@ -48,15 +60,15 @@ gpu-check gpu-bench: gpu-%:
 lint: $(VENV)/.installed
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	$(VENV)/bin/clang-format --dry-run --Werror $(CXX_SOURCES)
+	$(VENV)/bin/clang-format --dry-run --Werror $(CXX_SOURCES) $(EMULATOR_SOURCES)
 
 format: $(VENV)/.installed
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
-	$(VENV)/bin/clang-format -i $(CXX_SOURCES)
+	$(VENV)/bin/clang-format -i $(CXX_SOURCES) $(EMULATOR_SOURCES)
 
 clean:
-	rm -rf $(VENV) build out *.egg-info eakd_kernels/*.so
+	rm -rf $(VENV) build out *.egg-info eakd_kernels/*.so tests/emulator/*.so
 
 $(PY):
 	$(PYTHON) -m venv $(VENV)
