@@ -22,8 +22,8 @@ ROOT = Path(__file__).parents[1]
 MINUTES = 8
 BUILD_TOOLS = {"setuptools": 77, "wheel": 0, "pybind11": 0, "ninja": 0}  # from which version on
 # Small tests that launch every kernel: compute-sanitizer makes them ten to a hundred times as slow.
-SANITIZED = "conformance"
-SANITIZERS = ("memcheck", "racecheck", "initcheck")  # in the order of what they are worth
+SANITIZED = "conformance or every_kernel"
+SANITIZERS = ("memcheck", "racecheck", "synccheck", "initcheck")  # in the order of what they are worth
 SANITIZER_FOUND = 86  # an exit status that neither pytest nor Python has
 EXPLAINED = {5: "no such test is marked gpu", 124: "out of time", 137: "out of time"}
 

@@ -72,6 +72,8 @@ def _refusal(backend: str, case: Case) -> str | None:
     """Why a backend does not take a case."""
     if backend == "triton" and case.device == "cpu":
         return "an interpreter on a CPU, which is not there to be fast"
+    if backend == "cuda" and case.device == "cpu":
+        return "an emulator on a CPU, which is not there to be fast"
     dtype = DTYPES[case.dtype]
     try:
         resolve(backend, case.device, dtype, dtype)

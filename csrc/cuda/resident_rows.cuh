@@ -1,8 +1,8 @@
 // One pass with the row pair in registers: one CTA a row, or a cluster of them, and each thread keeps its columns from
 // the statistics to the gradient. Two reads and one write of [rows, vocab] in all.
 //
-// Two CTAs fit a processor (64 registers a thread), so that one loads while the other computes. The grid is as large as
-// the GPU and walks along the rows.
+// Two CTAs fit a processor, each thread with 128 registers of which 80 hold columns, so that one loads while the other
+// computes. The grid is as large as the GPU and walks along the rows.
 #pragma once
 
 #include "merge.cuh"

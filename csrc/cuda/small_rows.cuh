@@ -12,7 +12,7 @@ namespace {
 
 // W > 1: every row of both tensors begins with a whole vector, and ends with one.
 template <bool ONE_PASS, int LANES, int COLUMNS, typename S, typename T, int W>
-__global__ void __launch_bounds__(kSmallThreads) small_rows_kernel(const __grid_constant__ RowJob job) {
+__global__ void __launch_bounds__(kSmallThreads, 4) small_rows_kernel(const __grid_constant__ RowJob job) {
   constexpr int kVectors = COLUMNS / W;
   const int lane = threadIdx.x % LANES;
   const int r = blockIdx.x * (blockDim.x / LANES) + threadIdx.x / LANES;
