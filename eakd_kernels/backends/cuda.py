@@ -1,5 +1,6 @@
 """The CUDA kernels (csrc/cuda) on CUDA tensors, or, in the emulator that tests use, on CPU tensors."""
 
+import importlib
 import importlib.machinery
 import importlib.util
 
@@ -16,31 +17,32 @@ _PAIRS = {
 }
 
 
-def _load_emulator(path):
-    loader = importlib.machinery.ExtensionFileLoader("_C_cuda", path)
-    module = importlib.util.module_from_spec(importlib.util.spec_from_loader("_C_cuda", loader))
-    loader.exec_module(module)
-    return module
-
-
-_reason = None
 EMULATOR = env.cuda_emulator()
-try:
-    if EMULATOR is not None:
-        _C_cuda = _load_emulator(EMULATOR)
-    else:
-        from .. import _C_cuda  # registers torch.ops.eakd_cuda
-except ImportError as error:
-    _C_cuda = None
-    _reason = f"the extension eakd_kernels._C_cuda is not there ({error})"
+
+
+def _load():
+    """(the extension, which registers torch.ops.eakd_cuda, or None, why there is none)"""
+    name = "eakd_kernels._C_cuda"
+    try:
+        if EMULATOR is not None:
+            loader = importlib.machinery.ExtensionFileLoader(name, EMULATOR)
+            module = importlib.util.module_from_spec(importlib.util.spec_from_loader(name, loader))
+            loader.exec_module(module)
+            return module, None
+        if importlib.util.find_spec(name) is not None:
+            return importlib.import_module(name), None
+    except ImportError as error:
+        return None, f"{EMULATOR or name} cannot be loaded: {error}"
     if torch.version.cuda is None:
-        _reason += "; this PyTorch was built without CUDA, and so was eakd_kernels"
-    elif "circular import" in str(error) or "cannot import name" in str(error):
-        _reason = "eakd_kernels was installed without its CUDA kernels; reinstall it where nvcc is on PATH"
+        return None, "there are no CUDA kernels: this PyTorch was built without CUDA, and so was eakd_kernels"
+    return None, "eakd_kernels was installed without its CUDA kernels; reinstall it where nvcc is found"
+
+
+_C_cuda, _reason = _load()
 
 
 def unavailable_reason():
-    if _reason is not None or EMULATOR is not None:
+    if _C_cuda is None or EMULATOR is not None:
         return _reason
     return None if torch.cuda.is_available() else "no CUDA device is visible"
 
