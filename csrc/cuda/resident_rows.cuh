@@ -59,7 +59,7 @@ __device__ __forceinline__ RowState<float> resident_state(const RowJob& job, int
   sums.start(my, mz);
   columns.each(share, [&](int i, int) { sums.add(columns.y[i], columns.z[i], job.hard == kOwnHardSum); });
   if (loose >= 0) sums.add_column(loose_y, loose_z);
-  if (!sums.was_too_fast()) return sums.about(my, mz, job.hard, k);
+  if (!sums.was_too_fast()) return sums.about(my, mz, job.hard);
   const RowColumns<S, T, W> again(job, ptx::opaque(r));
   RowState<float> s = guarded_sums(job, again, share, loose, k);
   s.recentre(my, mz, k);

@@ -136,7 +136,7 @@ struct FastSums {
   }
 
   // As row_state.h has it, about maxima that are at least its own. Only where it was not too fast.
-  __device__ __forceinline__ RowState<float> about(float my, float mz, HardSum hard, const Temperatures<float>& k) {
+  __device__ __forceinline__ RowState<float> about(float my, float mz, HardSum hard) {
     const float y = centre(my), z = centre(mz);
     shift({-fmaf(y, k_a, ca), -fmaf(z, k_a, ce), -fmaf(y, k_b, cb), -fmaf(z, k_b, cd), -fmaf(z, kLog2Ef, ch)});
     RowState<float> r = s;

@@ -45,6 +45,7 @@ __global__ void __launch_bounds__(kSmallThreads, 4) small_rows_kernel(const __gr
   RowState<float> s = sums.s;
   add_up<LANES>(s, job.slopes);
   place_hard_sum(s, job.hard);
+  __syncwarp();  // all lanes have read the label's logit, and the gradient may be written over it
 
   if (!inside) return;
   if (!kept) {

@@ -67,7 +67,7 @@ __device__ RowState<float> swept_state(const RowJob& job, const Columns& columns
   RowState<float> s;
   if (guarded) s = guarded_sums(job, row, share, loose, k);
   my = largest_of<kWarp>(guarded ? s.My : sums.s.My), mz = largest_of<kWarp>(guarded ? s.Mz : sums.s.Mz);
-  if (!guarded) return sums.about(my, mz, job.hard, k);
+  if (!guarded) return sums.about(my, mz, job.hard);
   s.recentre(my, mz, k);
   return s;
 }
