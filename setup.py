@@ -46,9 +46,10 @@ def cpu_extension(cpp_extension):
 
 
 def cuda_home(cpp_extension):
-    """A toolkit with headers: torch takes the folder above an nvcc on PATH for one, even where that is a wrapper."""
+    """A whole toolkit: torch takes the folder above an nvcc on PATH for one, even where that is a wrapper."""
+    headers = "include/cuda_runtime_api.h", "targets/x86_64-linux/include/cuda_runtime_api.h"
     for home in (cpp_extension.CUDA_HOME, "/usr/local/cuda"):
-        if home and os.path.exists(os.path.join(home, "include", "cuda_runtime_api.h")):
+        if home and os.path.exists(f"{home}/bin/nvcc") and any(os.path.exists(f"{home}/{path}") for path in headers):
             return home
     return None
 
@@ -77,15 +78,16 @@ def cuda_extension(cpp_extension, torch):
     )
 
 
-def version(torch=None):
-    """A compiled wheel fits one torch and one CUDA, and says so in its name."""
+def version():
     with open("eakd_kernels/__init__.py") as file:
-        plain = re.search(r'__version__ = "(.+)"', file.read()).group(1)
-    if torch is None:
-        return plain
+        return re.search(r'__version__ = "(.+)"', file.read()).group(1)
+
+
+def build_tag(torch):
+    """A compiled wheel fits one torch and one CUDA, and says so in its name; versions are compared without it."""
     minor = ".".join(torch.__version__.split(".")[:2])
     cuda = "cpu" if torch.version.cuda is None else "cu" + torch.version.cuda.replace(".", "")
-    return f"{plain}+torch{minor}.{cuda}"
+    return f"1torch{minor}{cuda}"
 
 
 def extensions():
@@ -115,7 +117,8 @@ def extensions():
     if isinstance(found, str):
         print(f"eakd_kernels: no CUDA kernels are compiled: {found}")
     return {
-        "version": version(torch),
+        "version": version(),
+        "options": {"bdist_wheel": {"build_number": build_tag(torch)}},
         "ext_modules": [cpu_extension(cpp_extension), *([] if isinstance(found, str) else [found])],
         "cmdclass": {"build_ext": Build},
     }

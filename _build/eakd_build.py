@@ -46,6 +46,11 @@ def _torch_requirement() -> list[str]:
     raise SystemExit(_NO_TORCH)
 
 
+def get_requires_for_build_sdist(config_settings=None):
+    """Nothing: what setuptools would do to find out needs torch."""
+    return []
+
+
 def get_requires_for_build_wheel(config_settings=None):
     torch = _torch_requirement()
     return torch or build_meta.get_requires_for_build_wheel(config_settings)

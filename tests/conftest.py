@@ -5,6 +5,8 @@ import pytest
 import torch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)
 if not torch.cuda.is_available():  # both are read when the kernels are imported
     os.environ.setdefault("TRITON_INTERPRET", "1")
     os.environ.setdefault("EAKD_CUDA_EMULATOR", next(map(str, Path(__file__).parent.glob("emulator/*.so")), ""))

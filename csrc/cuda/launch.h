@@ -1,4 +1,5 @@
-// The launchers, one a kernel, plain C between the operators and nvcc's world. Each returns a cudaError_t.
+// The launchers, one a kernel, plain C between the operators and nvcc's world. Each returns a cudaError_t or
+// kNothingFits.
 #pragma once
 
 #include "job.h"
@@ -9,6 +10,8 @@ namespace cuda {
 
 // Storage of the student's and the teacher's logits. Mixed pairs have the student in fp32.
 enum class Dtypes { kFloat, kBFloat16, kHalf, kFloatBFloat16, kFloatHalf };
+
+constexpr int kNothingFits = -1;  // of this shape, on this device
 
 struct Total {
   const float* values;
@@ -34,7 +37,7 @@ int eakd_launch_gradient(const eakd::cuda::RowJob*, const eakd::cuda::Plan*, eak
 int eakd_launch_scale(const eakd::cuda::RowJob*, const eakd::cuda::Plan*, eakd::cuda::Dtypes, const float* factor,
                       bool in_place, void* stream);
 int eakd_launch_total(const eakd::cuda::Total*, void* stream);
-// The current device; clusters as large as the resident kernel can have.
+// The current device, as what this was compiled for can use it; an error where it cannot.
 int eakd_query_device(eakd::cuda::Device*);
 const char* eakd_error_name(int error);
 }

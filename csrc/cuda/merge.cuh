@@ -60,6 +60,13 @@ __device__ __forceinline__ int thread_of_row(int cluster) {
   return (cluster > 1 ? ptx::cluster_rank() * blockDim.x : 0) + threadIdx.x;
 }
 
+// All threads of all CTAs, and of every warp together: the barrier's instructions are of whole warps.
+__device__ __forceinline__ void meet_cluster() {
+  __syncwarp();
+  ptx::cluster_arrive();
+  ptx::cluster_wait();
+}
+
 // What a CTA has in shared memory for merging.
 struct MergeSpace {
   float warps[kMaxWarps][kStateFloats];
@@ -111,8 +118,7 @@ __device__ RowState<float> merge_row(MergeSpace& space, const RowState<float>& s
     if (cluster > 1 && lane == 0) store_state(space.own[turn], merged);
   }
   if (cluster > 1) {
-    ptx::cluster_arrive();
-    ptx::cluster_wait();
+    meet_cluster();
     if (warp == 0) {
       merged = RowState<float>();
       if (lane < cluster) {
@@ -130,9 +136,7 @@ __device__ RowState<float> merge_row(MergeSpace& space, const RowState<float>& s
 
 // Before a CTA of a cluster ends: others may still be reading its state.
 __device__ __forceinline__ void leave_cluster(int cluster) {
-  if (cluster <= 1) return;
-  ptx::cluster_arrive();
-  ptx::cluster_wait();
+  if (cluster > 1) meet_cluster();
 }
 
 }  // namespace

@@ -2,6 +2,8 @@
 #include <pybind11/pybind11.h>
 #include <torch/version.h>
 
+#include "launch.h"
+
 PYBIND11_MODULE(_C_cuda, m) {
   m.def(
       "build_info",
@@ -16,4 +18,12 @@ PYBIND11_MODULE(_C_cuda, m) {
         return info;
       },
       "What this shared object was compiled with.");
+  m.def(
+      "device_error",
+      []() -> pybind11::object {
+        eakd::cuda::Device device;
+        const int error = eakd_query_device(&device);
+        return error == 0 ? pybind11::none() : pybind11::object(pybind11::str(eakd_error_name(error)));
+      },
+      "Why the kernels cannot run on the current device, or None.");
 }

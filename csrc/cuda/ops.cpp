@@ -1,6 +1,7 @@
 // The operators on CUDA tensors: check, take raw pointers, plan, launch. Schemas are in ../operators.h.
 #include <ATen/ops/empty.h>
 
+#include <algorithm>
 #include <limits>
 #include <map>
 #include <mutex>
@@ -10,6 +11,7 @@
 #include "../operators.h"
 #include "device.h"
 #include "launch.h"
+#include "shapes.h"
 
 namespace eakd {
 namespace cuda {
@@ -33,21 +35,30 @@ Matrix matrix(Tensor& t) {
 
 // Where the rows of a tensor begin within vectors of `width` columns.
 struct Alignment {
-  int64_t first, inner, outer_step, inner_step;
+  int64_t width, first, inner, outer_step, inner_step;
   bool neighbours;
 
-  Alignment(const Tensor& t, const Matrix& m, int64_t width)
-      : first(reinterpret_cast<uintptr_t>(m.data) / t.element_size() % width),
+  Alignment(const Tensor& t, const Matrix& m, int64_t width_)
+      : width(width_),
+        first(reinterpret_cast<uintptr_t>(m.data) / t.element_size() % width_),
         inner(m.inner),
-        outer_step(m.outer_stride % width),
-        inner_step(m.inner_stride % width),
+        outer_step(m.outer_stride % width_),
+        inner_step(m.inner_stride % width_),
         neighbours(m.column_stride == 1) {}
 
   bool constant() const { return neighbours && outer_step == 0 && inner_step == 0; }
   bool like(const Alignment& other) const {
     if (!neighbours || !other.neighbours || first != other.first) return false;
     if (constant() && other.constant()) return true;
-    return inner == other.inner && outer_step == other.outer_step && inner_step == other.inner_step;
+    if (inner == other.inner) return outer_step == other.outer_step && inner_step == other.inner_step;
+    return inner == 1 ? as_if_inner(other.inner).like(other) : other.inner == 1 && other.like(*this);
+  }
+
+  // Rows of one stride, counted as the rows of two are.
+  Alignment as_if_inner(int64_t rows) const {
+    Alignment split = *this;
+    split.inner = rows, split.inner_step = outer_step, split.outer_step = outer_step * rows % width;
+    return split;
   }
 };
 
@@ -59,6 +70,12 @@ Dtypes dtypes_of(const Tensor& student, const Tensor& teacher) {
   if (s == at::kFloat && t == at::kBFloat16) return Dtypes::kFloatBFloat16;
   if (s == at::kFloat && t == at::kHalf) return Dtypes::kFloatHalf;
   TORCH_CHECK(false, "the CUDA kernels have no student in ", s, " with a teacher in ", t);
+}
+
+void check(int error, const Plan& plan) {
+  TORCH_CHECK(error == 0, "CUDA kernel \"", name_of(plan.kernel), "\" with ", plan.blocks, " blocks of ", plan.threads,
+              " threads, clusters of ", plan.cluster, " and ", plan.shared_bytes,
+              " bytes of shared memory was not launched: ", eakd_error_name(error));
 }
 
 // ---- the arguments that all operators share ----------------------------------------------------------------------
@@ -73,9 +90,8 @@ class Rows {
       : dtypes(dtypes_of(student, teacher)), student_(student), teacher_(teacher), on_device_(student) {
     check_rows(student, teacher, vocab_size);
     leading_ = student.sizes().slice(0, student.dim() - 1).vec();
-    const int64_t rows = c10::multiply_integers(leading_), largest = std::numeric_limits<int>::max();
-    TORCH_CHECK(rows <= largest && student.size(-1) <= largest,
-                "the CUDA kernels take up to 2^31 - 1 rows and columns");
+    const int64_t rows = c10::multiply_integers(leading_), largest = 1 << 30;
+    TORCH_CHECK(rows <= largest && student.size(-1) <= largest, "the CUDA kernels take up to 2^30 rows and columns");
     job.rows = static_cast<int>(rows), job.vocab_size = static_cast<int>(vocab_size);
     job.student = matrix(student_), job.teacher = matrix(teacher_);
     job.labels = per_row<int64_t>(labels, at::kLong);
@@ -124,6 +140,17 @@ class Rows {
 
   Plan plan(Operation operation, const std::string& wanted);
 
+  // Plans and launches, with smaller clusters where the planned ones do not fit: parts of GPUs have few processors.
+  template <typename Start>
+  void run(Operation operation, const std::string& wanted, Start&& start) {
+    for (;;) {
+      const Plan found = plan(operation, wanted);
+      const int error = start(found);
+      if (error != kNothingFits || found.cluster == 1 || !wanted.empty()) return check(error, found);
+      largest_cluster_ = found.cluster / 2;
+    }
+  }
+
   const OnDeviceOf& on_device() const { return on_device_; }
   void* stream() const { return on_device_.stream(); }
 
@@ -133,6 +160,7 @@ class Rows {
   std::vector<int64_t> leading_;
   OnDeviceOf on_device_;
   Problem problem_;
+  int largest_cluster_ = kMaxCluster;
 };
 
 // What is asked of a device once, not at every launch. The emulated one changes between calls.
@@ -166,15 +194,11 @@ Plan Rows::plan(Operation operation, const std::string& wanted) {
     problem_.whole = problem_.whole && problem_.gradient_alike;
   }
   job.gradient_vectors = problem_.gradient_alike;
+  Device device = device_of(on_device_);
+  device.largest_cluster = std::min(device.largest_cluster, largest_cluster_);
   try {
-    return make_plan(problem_, device_of(on_device_), wanted);
+    return make_plan(problem_, device, wanted);
   } catch (const std::invalid_argument& error) { TORCH_CHECK(false, error.what()); }
-}
-
-void check(int error, const Plan& plan) {
-  TORCH_CHECK(error == 0, "CUDA kernel \"", name_of(plan.kernel), "\" with ", plan.blocks, " blocks of ", plan.threads,
-              " threads, clusters of ", plan.cluster, " and ", plan.shared_bytes,
-              " bytes of shared memory was not launched: ", eakd_error_name(error));
 }
 
 // ---- the operators -----------------------------------------------------------------------------------------------
@@ -183,10 +207,10 @@ Tensor row_statistics(EAKD_ROW_PARAMETERS, bool temperature_slopes, const std::s
   Rows rows(EAKD_ROW_ARGUMENTS);
   rows.job.slopes = temperature_slopes;
   Tensor out = rows.new_statistics(temperature_slopes ? kNumStatisticsWithSlopes : kNumStatistics);
-  const Plan plan = rows.plan(Operation::kRowStatistics, wanted);
-  check(plan.kernel == Kernel::kSmall ? eakd_launch_small(&rows.job, &plan, rows.dtypes, false, rows.stream())
-                                      : eakd_launch_stream(&rows.job, &plan, rows.dtypes, false, rows.stream()),
-        plan);
+  rows.run(Operation::kRowStatistics, wanted, [&](const Plan& plan) {
+    return plan.kernel == Kernel::kSmall ? eakd_launch_small(&rows.job, &plan, rows.dtypes, false, rows.stream())
+                                         : eakd_launch_stream(&rows.job, &plan, rows.dtypes, false, rows.stream());
+  });
   return out;
 }
 
@@ -200,8 +224,9 @@ void row_gradient(EAKD_ROW_PARAMETERS, const Tensor& statistics, EAKD_UPSTREAM_P
       rows.per_row<float>(grad_divergence, at::kFloat), rows.per_row<float>(grad_student_entropy, at::kFloat),
       rows.per_row<float>(grad_student_lse, at::kFloat), rows.per_row<float>(grad_cross_entropy, at::kFloat)};
   if (!grad_cross_entropy.has_value()) rows.job.hard = kNoHardSum;
-  const Plan plan = rows.plan(Operation::kRowGradient, wanted);
-  check(eakd_launch_gradient(&rows.job, &plan, rows.dtypes, grad_student_entropy.has_value(), rows.stream()), plan);
+  rows.run(Operation::kRowGradient, wanted, [&](const Plan& plan) {
+    return eakd_launch_gradient(&rows.job, &plan, rows.dtypes, grad_student_entropy.has_value(), rows.stream());
+  });
 }
 
 std::tuple<Tensor, Tensor> one_pass(EAKD_ROW_PARAMETERS, EAKD_RULE_PARAMETERS, const Tensor& gradient,
@@ -215,16 +240,14 @@ std::tuple<Tensor, Tensor> one_pass(EAKD_ROW_PARAMETERS, EAKD_RULE_PARAMETERS, c
   job.denominator = rows.per_row<float>(denominator, at::kFloat).data;
   Tensor out = rows.new_statistics(kNumLossStatistics);
   Tensor loss = at::empty({}, out.options());
-  const Plan plan = rows.plan(Operation::kOnePass, wanted);
-  const auto launch = [&] {
+  rows.run(Operation::kOnePass, wanted, [&](const Plan& plan) {
     switch (plan.kernel) {
       case Kernel::kSmall: return eakd_launch_small(&job, &plan, rows.dtypes, true, rows.stream());
       case Kernel::kResident: return eakd_launch_resident(&job, &plan, rows.dtypes, rows.stream());
       case Kernel::kRing: return eakd_launch_ring(&job, &plan, rows.dtypes, rows.stream());
       default: return eakd_launch_stream(&job, &plan, rows.dtypes, true, rows.stream());
     }
-  };
-  check(launch(), plan);
+  });
   const Total total = {job.out + job.at(kLoss, 0), job.rows, job.scale, job.denominator, loss.data_ptr<float>()};
   check(eakd_launch_total(&total, rows.stream()), Plan());
   return {loss, out};
@@ -235,9 +258,10 @@ void scale_gradient(const Tensor& gradient, const Tensor& factor, const Tensor& 
   Rows rows(gradient, gradient, {}, {}, {}, 1, 1, std::max<int64_t>(gradient.size(-1), 1));
   rows.set_gradient(out);
   const PerRow<float> by = rows.per_row<float>(factor, at::kFloat);
-  const Plan plan = rows.plan(Operation::kScaleGradient, "");
   const bool in_place = out.data_ptr() == gradient.data_ptr();
-  check(eakd_launch_scale(&rows.job, &plan, rows.dtypes, by.data, in_place, rows.stream()), plan);
+  rows.run(Operation::kScaleGradient, "", [&](const Plan& plan) {
+    return eakd_launch_scale(&rows.job, &plan, rows.dtypes, by.data, in_place, rows.stream());
+  });
 }
 
 TORCH_LIBRARY(eakd_cuda, m) {

@@ -45,7 +45,7 @@ template <int P, typename S, typename T, int W>
 __device__ __forceinline__ RowState<float> resident_state(const RowJob& job, int r, ResidentColumns<S, T, W>& columns,
                                                           const Share& share, int loose) {
   const Temperatures<float> k = row_temperatures(job, r);
-  FastSums<P> sums(k);
+  FastSums<P> sums(k, job.hard);
   Largest<T> top_y;
   Largest<S> top_z;
   columns.each(share, [&](int i, int) { top_y.add(columns.y[i]), top_z.add(columns.z[i]); });

@@ -10,7 +10,8 @@ extern "C" int eakd_launch_ring(const RowJob* job, const Plan* plan, Dtypes dtyp
     return with_multiple(*job, [&](auto multiple) {
       auto* kernel =
           ring_rows_kernel<decltype(multiple)::value, typename Types::Student, typename Types::Teacher, Types::kVector>;
-      return launch(kernel, *plan, plan->shared_bytes, stream, *job, plan->cluster, plan->slice, plan->stages);
+      return launch_persistent(kernel, *plan, plan->shared_bytes, stream, *job, plan->cluster, plan->slice,
+                               plan->stages);
     });
   });
 }

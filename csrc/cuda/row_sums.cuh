@@ -17,9 +17,10 @@ namespace cuda {
 namespace {
 
 constexpr float kLog2Ef = static_cast<float>(kLog2E);
-// The fast way takes logits up to this size.
-constexpr float kLargest = 1e6f;
-// Octaves, at the colder temperature, that a logit may lie above the centre.
+// The fast way takes logits up to this size, and centres of so many octaves: the rounding of c, half an octave at that
+// size, must not carry exponentials out of range before it is taken out.
+constexpr float kLargest = 1e6f, kLargestExponent = 0x1p23f;
+// Octaves, at the coldest temperature that is summed at, that a logit may lie above the centre.
 constexpr float kHeadroom = 8.f;
 
 __device__ __forceinline__ Temperatures<float> row_temperatures(const RowJob& job, int row) {
@@ -51,9 +52,9 @@ struct FastSums {
   RowState<float> s;   // My, Mz: the largest logits so far, of this thread or of the first of its warp
   float top_y, top_z;  // what raises the centres
   float cb, cd, ca, ce, ch;
-  float k_b, k_a;
+  float k_b, k_a, coldest;
 
-  __device__ __forceinline__ explicit FastSums(const Temperatures<float>& k)
+  __device__ __forceinline__ FastSums(const Temperatures<float>& k, HardSum hard)
       : top_y(-INFINITY),
         top_z(-INFINITY),
         cb(0),
@@ -62,13 +63,14 @@ struct FastSums {
         ce(0),
         ch(0),
         k_b(kShared ? k.k_t : k.k_tau),
-        k_a(k.k_t) {}
+        k_a(k.k_t),
+        coldest(fmaxf(fmaxf(k.k_tau, k.k_t), hard == kOwnHardSum ? kLog2Ef : 0.f)) {}
 
   // Before the first column, and where centres move. They start the same in every thread of a warp, so as to move
   // seldom.
   __device__ __forceinline__ void start(float my, float mz) {
     s.My = my, s.Mz = mz;
-    const float y = centre(my), z = centre(mz), headroom = kHeadroom / (kShared ? P * k_b : fmaxf(k_b, k_a));
+    const float y = centre(my), z = centre(mz), headroom = kHeadroom / coldest;
     cb = -y * k_b, cd = -z * k_b, ch = -z * kLog2Ef;
     if (!kShared) ca = -y * k_a, ce = -z * k_a;
     top_y = y + headroom, top_z = z + headroom;
@@ -132,7 +134,8 @@ struct FastSums {
   __device__ __forceinline__ bool was_too_fast() const {
     const float found = s.A1 + s.E1 + s.Bd + s.D0 + s.F0;
     const bool large = (fabsf(s.My) > kLargest && s.My != -INFINITY) || (fabsf(s.Mz) > kLargest && s.Mz != -INFINITY);
-    return !(fabsf(found) < INFINITY) || large;
+    const float centres = fmaxf(fmaxf(fabsf(cb), fabsf(cd)) * (kShared ? P : 1), fmaxf(fabsf(ca), fabsf(ce)));
+    return !(fabsf(found) < INFINITY) || large || centres > kLargestExponent;
   }
 
   // As row_state.h has it, about maxima that are at least its own. Only where it was not too fast.

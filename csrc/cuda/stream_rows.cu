@@ -7,9 +7,9 @@ using namespace eakd::cuda;
 namespace {
 
 template <int P, typename S, typename T, int W>
-cudaError_t launch_stream(const RowJob& job, const Plan& plan, bool one_pass, void* stream) {
+int launch_stream(const RowJob& job, const Plan& plan, bool one_pass, void* stream) {
   auto* kernel = one_pass ? stream_rows_kernel<true, P, S, T, W> : stream_rows_kernel<false, P, S, T, W>;
-  return launch(kernel, plan, sizeof(MergeSpace), stream, job, plan.cluster);
+  return launch_persistent(kernel, plan, sizeof(MergeSpace), stream, job, plan.cluster);
 }
 
 }  // namespace

@@ -48,13 +48,16 @@ __device__ __forceinline__ void sweep(FastSums<P>& sums, const Columns& columns,
 template <int BATCH, Reading READING, int P, typename Columns, typename S, typename T, int W>
 __device__ RowState<float> swept_state(const RowJob& job, const Columns& columns, const RowColumns<S, T, W>& row,
                                        const Share& share, int loose, const Temperatures<float>& k) {
-  FastSums<P> sums(k);
-  float my = -INFINITY, mz = -INFINITY;
+  FastSums<P> sums(k, job.hard);
+  Largest<T> top_y;
+  Largest<S> top_z;
   if (share.first < share.end) {
-    my = largest_in(columns.template teacher_vector<READING>(share.first));
-    mz = largest_in(columns.template student_vector<READING>(share.first));
+    top_y.add(columns.template teacher_vector<READING>(share.first));
+    top_z.add(columns.template student_vector<READING>(share.first));
   }
-  sums.start(largest_of<kWarp>(my), largest_of<kWarp>(mz));
+  if (loose >= 0) top_y.add(row.teacher_at(loose)), top_z.add(row.student_at(loose));
+  float my = largest_of<kWarp>(top_y.value()), mz = largest_of<kWarp>(top_z.value());
+  sums.start(my, mz);
   if (!job.slopes) {
     sweep<BATCH, READING>(sums, columns, share, job.hard == kOwnHardSum);
     if (loose >= 0) {

@@ -44,7 +44,13 @@ _C_cuda, _reason = _load()
 def unavailable_reason():
     if _C_cuda is None or EMULATOR is not None:
         return _reason
-    return None if torch.cuda.is_available() else "no CUDA device is visible"
+    if not torch.cuda.is_available():
+        return "no CUDA device is visible"
+    torch.cuda.init()
+    if (error := _C_cuda.device_error()) is None:
+        return None
+    compiled = _C_cuda.build_info()["architectures"]
+    return f"the CUDA kernels, compiled for {compiled}, cannot run on {torch.cuda.get_device_name()}: {error}"
 
 
 def unsupported_reason(device, dtypes):

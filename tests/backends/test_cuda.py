@@ -105,6 +105,38 @@ def test_a_gpu_without_clusters(vocab_size):
     torch.testing.assert_close(gradient, want, rtol=2**-7, atol=1e-9)
 
 
+@runs
+@pytest.mark.parametrize("plan", ["stream", "ring:1"])
+@pytest.mark.parametrize("vocab_size", [3, 5])
+def test_rows_without_a_vector(plan, vocab_size, monkeypatch):
+    """Far from zero, where a centre of 0 leaves nothing."""
+    if not supports(plan):
+        pytest.skip("bulk copies need compute capability 9.0")
+    student, teacher = (x - 500 for x in make_logits(4, vocab_size, dtype=torch.bfloat16, offset=-500.0))
+    student = (student + 500).detach()
+    monkeypatch.setenv("EAKD_CUDA_PLAN", plan)
+    got = loss_and_gradient(student, teacher)
+    want = loss_and_gradient(student.double(), teacher.double(), backend="reference")
+    torch.testing.assert_close(got[0].divergence.double(), want[0].divergence, rtol=4e-6, atol=1e-6)
+    torch.testing.assert_close(got[1].double(), want[1], rtol=2**-8, atol=1e-6)
+
+
+@emulated
+@pytest.mark.parametrize("length, alike", [(7, True), (6, False)])
+def test_rows_of_one_stride_beside_rows_of_two(length, alike, monkeypatch):
+    """A teacher cut to the student's length. The ring is for rows that begin alike within a vector, of 8 columns here."""
+    student = make_logits(2, 5, 2052, dtype=torch.bfloat16)[0].detach()
+    teacher = make_logits(2, length, 2052, dtype=torch.bfloat16, seed=1)[1][:, :5]
+    monkeypatch.setenv("EAKD_CUDA_PLAN", "ring:2")
+    if not alike:
+        with pytest.raises(RuntimeError, match="cannot take rows"):
+            loss_and_gradient(student, teacher)
+        monkeypatch.setenv("EAKD_CUDA_PLAN", "stream:2")
+    got = loss_and_gradient(student, teacher)[1]
+    want = loss_and_gradient(student.float(), teacher.float(), backend="reference")[1]
+    torch.testing.assert_close(got.float(), want, rtol=2**-7, atol=1e-9)
+
+
 # ---- plans -------------------------------------------------------------------------------------------------------
 
 

@@ -7,7 +7,7 @@ from cuda_binaries import CSRC, PARAMETERS, TARGETS, TOOLS, compile_all
 if missing := [name for name, path in TOOLS.items() if path is None]:
     pytest.skip(f"not on this machine: {', '.join(missing)}", allow_module_level=True)
 
-# The first five are at their launch bounds, or near. What varies in the others: columns a lane, and the student's entropy.
+# The first five are at their launch bounds, or near. What varies: columns a lane, and the student's entropy.
 MOST_REGISTERS = {
     ("resident_rows", None): 128,
     ("ring_rows", None): 128,

@@ -57,6 +57,10 @@ struct cudaLaunchConfig_t {
   unsigned numAttrs = 0;
 };
 
+struct cudaFuncAttributes {
+  int ptxVersion;  // of the virtual architecture that the kernel was compiled for
+};
+
 namespace emulator {
 
 struct Device {
@@ -117,6 +121,13 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int dev
 template <class Kernel>
 cudaError_t cudaFuncSetAttribute(Kernel* kernel, cudaFuncAttribute attribute, int value) {
   return emulator::set_attribute(emulator::identity(kernel), attribute, value);
+}
+
+// Compiled for the emulated device.
+template <class Kernel>
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, Kernel*) {
+  attributes->ptxVersion = 10 * emulator::device().capability_major + emulator::device().capability_minor;
+  return cudaSuccess;
 }
 
 template <class Kernel>
