@@ -11,6 +11,9 @@ PYTHON ?= python3
 # Installed only where the environment has no torch yet; everything is compiled against the torch that is there.
 TORCH ?= torch==2.13.0
 
+# Processes that tests run in; each takes up to 4 GB.
+WORKERS ?= 2
+
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check --quiet
 CXX_SOURCES := $(wildcard $(foreach folder,csrc csrc/cpu csrc/cuda,$(addprefix $(folder)/*,.h .cpp .cuh .cu)))
@@ -22,7 +25,7 @@ demo: $(VENV)/.installed $(VENV)/.teacher
 	$(PY) examples/distill_lm.py --out out/demo
 
 test: emulator
-	$(PY) -m pytest
+	$(PY) -m pytest -n $(WORKERS) --dist loadfile
 
 # The CUDA kernels' source for CPU tensors: tests/emulator/libeakd_cuda_emulator.so, which the tests load.
 emulator: $(VENV)/.installed

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-if "PYTEST_XDIST_WORKER" in os.environ:
+if "PYTEST_XDIST_WORKER" in os.environ:  # processes take the place of threads
     torch.set_num_threads(1)
 if not torch.cuda.is_available():  # both are read when the kernels are imported
     os.environ.setdefault("TRITON_INTERPRET", "1")

@@ -124,7 +124,7 @@ def test_rows_without_a_vector(plan, vocab_size, monkeypatch):
 @emulated
 @pytest.mark.parametrize("length, alike", [(7, True), (6, False)])
 def test_rows_of_one_stride_beside_rows_of_two(length, alike, monkeypatch):
-    """A teacher cut to the student's length. The ring is for rows that begin alike within a vector, of 8 columns here."""
+    """A teacher cut to the student's length. The ring is for rows that begin alike within a vector of 8 columns."""
     student = make_logits(2, 5, 2052, dtype=torch.bfloat16)[0].detach()
     teacher = make_logits(2, length, 2052, dtype=torch.bfloat16, seed=1)[1][:, :5]
     monkeypatch.setenv("EAKD_CUDA_PLAN", "ring:2")
