@@ -207,14 +207,14 @@ MUTANTS = {
     # CTAs of a cluster that do not.
     "cluster_left_early": Mutant(
         "cuda/merge.cuh",
-        "  if (cluster <= 1) return;\n  ptx::cluster_arrive();\n  ptx::cluster_wait();\n",
-        "  if (cluster <= 1) return;\n",
+        "  if (cluster > 1) meet_cluster();\n",
+        "",
         "stream",
         {"plain": r"FAILED .* CTA \d+ of (a|the) cluster (may exit before|has exited)"},
     ),
     "merge_without_cluster_barrier": Mutant(
         "cuda/merge.cuh",
-        "  if (cluster > 1) {\n    ptx::cluster_arrive();\n    ptx::cluster_wait();\n",
+        "  if (cluster > 1) {\n    meet_cluster();\n",
         "  if (cluster > 1) {\n",
         "ring",
         {"plain": "FAILED .* has not waited for its cluster"},
