@@ -6,14 +6,22 @@ from typing import NamedTuple
 
 class Variable(NamedTuple):
     name: str
-    read: str  # "run time" | "install"
+    read: str  # "run time" | "import" | "install"
     meaning: str
 
 
 VARIABLES = (
     Variable("EAKD_BACKEND", "run time", 'the backend that backend="auto" takes: reference, cpu, triton or cuda'),
-    Variable("EAKD_CUDA_PLAN", "run time", 'the CUDA kernel to run, and its cluster: "resident:8", "ring:4", "stream"'),
-    Variable("EAKD_CUDA_EMULATOR", "run time", "a libeakd_cuda_emulator.so: the CUDA kernels' source on CPU tensors"),
+    Variable(
+        "EAKD_CUDA_PLAN",
+        "run time",
+        'with backend="cuda": small, stream, or for one pass resident or ring; ":8" behind it for clusters of 8',
+    ),
+    Variable(
+        "EAKD_CUDA_EMULATOR",
+        "import",
+        'what `make emulator` made, tests/emulator/libeakd_cuda_emulator.so: backend="cuda" takes CPU tensors',
+    ),
     Variable("EAKD_NO_EXT", "install", "1: pure Python, no compiler needed; the loss runs through reference or triton"),
     Variable("EAKD_NO_CUDA", "install", "1: no CUDA kernels, where PyTorch has CUDA"),
     Variable("EAKD_DEBUG", "install", "1: compile without optimisation, with debug information"),

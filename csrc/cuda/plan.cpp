@@ -164,15 +164,21 @@ Plan make_plan(const Problem& problem, const Device& device, const std::string& 
   const size_t colon = wanted.find(':');
   const std::string kernel = wanted.substr(0, colon);
   const int cluster = colon == std::string::npos ? 1 : std::atoi(wanted.c_str() + colon + 1);
-  if (cluster != 1 && cluster != 2 && cluster != 4 && cluster != 8 && cluster != 16)
+  const bool exact = colon == std::string::npos || wanted == kernel + ":" + std::to_string(cluster);
+  if (!exact || (cluster != 1 && cluster != 2 && cluster != 4 && cluster != 8 && cluster != 16))
     throw std::invalid_argument("a cluster has 1, 2, 4, 8 or 16 blocks, got \"" + wanted + "\"");
   Plan plan;
   // These keep a row for its gradient, and are for nothing else; statistics go their usual way.
   const bool statistics = problem.operation == Operation::kRowStatistics;
   if (statistics && (kernel == "resident" || kernel == "ring")) return best_plan(problem, device);
-  if (!plan_wanted(plan, problem, device, kernel, cluster))
-    throw std::invalid_argument("kernel \"" + wanted + "\" cannot take rows of " + std::to_string(problem.vocab_size) +
-                                " columns that lie like these on this device");
+  if (!plan_wanted(plan, problem, device, kernel, cluster)) {
+    const Plan best = best_plan(problem, device);
+    throw std::invalid_argument("EAKD_CUDA_PLAN=\"" + wanted + "\" cannot take rows of " +
+                                std::to_string(problem.vocab_size) +
+                                " columns as they lie here: too long for it, of dtypes or alignments that differ, or a "
+                                "device without such clusters; without it " +
+                                name_of(best.kernel) + ":" + std::to_string(best.cluster) + " would run");
+  }
   return plan;
 }
 

@@ -87,14 +87,18 @@ def launch_plan(
     operation: "one_pass" or "row_statistics". aligned: rows of both logits and of the gradient begin alike within 16
     bytes, as they do where all are contiguous. plan: what EAKD_CUDA_PLAN would say. The rest describes the device; an
     H100 if not given: capability 10 major + minor, multiprocessors, shared memory a block may have, L2, blocks a
-    cluster may have.
+    cluster may have. An A100: capability=80, processors=108, shared_bytes=166912, l2_bytes=40 << 20.
+
+    Calls that cannot take one pass (fp16 students, reduction="none", weight_norm="mean", callables, live weights and
+    temperatures) are row statistics, and a gradient kernel whose plan has no choices.
 
     Returns kernel ("small", "resident", "ring" or "stream"), width (columns a load), cluster (blocks that share a row),
-    threads (a block), blocks, lanes (of "small": threads a row), stages and slice (of "ring": row pairs in shared
-    memory, vectors of each), shared_bytes (of "ring"). docs/performance.md says how they are chosen.
+    threads (a block), blocks (at most: the device may run fewer at once, and smaller clusters where these do not fit),
+    lanes (of "small": threads a row), stages and slice (of "ring": row pairs in shared memory, vectors of each),
+    shared_bytes (of "ring"). docs/performance.md says how they are chosen.
 
-    Raises ValueError for an unknown operation, or a plan that cannot take such rows; RuntimeError without the compiled
-    extension.
+    Raises ValueError for an unknown operation, sizes or dtypes that no kernel takes, or a plan that cannot take such
+    rows; RuntimeError without the compiled extension.
 
     >>> launch_plan(8192, 128256)["kernel"]  # doctest: +SKIP
     'ring'
@@ -105,7 +109,14 @@ def launch_plan(
         raise RuntimeError(f"launch plans are in the extension eakd_kernels._C, which is not there ({error})") from None
     if operation not in ("one_pass", "row_statistics"):
         raise ValueError(f'operation must be "one_pass" or "row_statistics", got {operation!r}')
-    sizes = dtype.itemsize, (teacher_dtype or dtype).itemsize
+    if rows < 0 or vocab_size < 1:
+        raise ValueError(f"rows must be at least 0 and vocab_size at least 1, got {rows} and {vocab_size}")
+    dtypes = dtype, teacher_dtype or dtype
+    if dtypes not in _PAIRS:
+        raise ValueError(f"no kernel takes dtype {dtypes[0]} with teacher_dtype {dtypes[1]}")
+    if operation == "one_pass" and dtype == torch.float16:
+        raise ValueError('fp16 students take no one pass; ask for operation="row_statistics"')
+    sizes = [dtype.itemsize for dtype in dtypes]
     return _C.cuda_plan(
         operation == "one_pass",
         *sizes,

@@ -190,9 +190,19 @@ def test_bad_plans(plan, words, monkeypatch):
             ea_kd_loss(*make_logits(2, 5000), backend="cuda")
 
 
-def test_bad_questions():
-    with pytest.raises(ValueError, match=r"operation.*one_pass.*backward"):
-        cuda.launch_plan(8, 5000, operation="backward")
+@pytest.mark.parametrize(
+    "given, words",
+    [
+        ({"operation": "backward"}, r"operation.*one_pass.*backward"),
+        ({"dtype": torch.float16}, "fp16 students.*row_statistics"),
+        ({"teacher_dtype": torch.float32}, "no kernel takes dtype torch.bfloat16 with teacher_dtype torch.float32"),
+        ({"rows": -1}, "rows must be at least 0"),
+        ({"vocab_size": 0}, "vocab_size at least 1"),
+    ],
+)
+def test_bad_questions(given, words):
+    with pytest.raises(ValueError, match=words):
+        cuda.launch_plan(**{"rows": 8, "vocab_size": 5000, **given})
 
 
 # ---- on a GPU ----------------------------------------------------------------------------------------------------
