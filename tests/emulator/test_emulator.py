@@ -114,10 +114,10 @@ def build(tmp_path_factory):
     compiler = shutil.which("g++")
     if compiler is None:
         pytest.skip("needs g++")
-    programs = {}
+    programs, folder = {}, tmp_path_factory.mktemp("self_test")
 
     def compiled(kind, source):
-        path = tmp_path_factory.getbasetemp() / f"{kind}_{source.stem}.o"
+        path = folder / f"{kind}_{source.stem}.o"
         include = ["-I", HERE / "include"]
         command = [compiler, "-std=c++17", "-g", "-Wall", "-Wextra", "-Werror", *FLAGS[kind], *include]
         subprocess.run([*command, "-c", source, "-o", path], check=True, timeout=120)
@@ -127,7 +127,7 @@ def build(tmp_path_factory):
         if kind not in programs:
             with ThreadPoolExecutor(2) as pool:
                 objects = list(pool.map(lambda source: compiled(kind, source), SOURCES))
-            path = tmp_path_factory.getbasetemp() / f"self_test_{kind}"
+            path = folder / f"self_test_{kind}"
             subprocess.run([compiler, *FLAGS[kind], "-pthread", *objects, "-o", path], check=True, timeout=60)
             programs[kind] = path
         return programs[kind]
