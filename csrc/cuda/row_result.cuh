@@ -38,7 +38,7 @@ __device__ __forceinline__ void store_statistics(const RowJob& job, int row, con
   store(kDivergenceSlope, r.divergence_slope), store(kStudentLseSlope, r.student_lse_slope);
 }
 
-// What a basis has to be for `gradient_column`: finite centres, and one term where tau is 1.
+// What a basis has to be for GradientOfRow: finite centres, and one term where tau is 1.
 __device__ __forceinline__ GradientBasis<float> prepared(GradientBasis<float> c, HardSum hard) {
   c.My = centre(c.My), c.Mz = centre(c.Mz);
   if (hard == kHardSumAtTau) c.q += c.hard;

@@ -303,44 +303,6 @@ def test_what_it_does_not_take():
 
 
 @needs_gpu
-def test_no_host_synchronisation():
-    student, teacher = make_logits(64, 5000)
-    mask, items = torch.rand(64) > 0.1, torch.tensor(7)
-    ea_kd_loss(student, teacher, mask=mask, num_items=items, backend="triton").backward()  # compiles
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        ea_kd_loss(student, teacher, mask=mask, num_items=items, backend="triton").backward()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-
-
-@needs_gpu
-@pytest.mark.parametrize("rows, vocab_size", [(64, 100), (512, 5000), (2, 50_257)])
-def test_cuda_graphs(rows, vocab_size):
-    student, teacher = make_logits(rows, vocab_size)
-
-    def step():
-        student.grad = None
-        ea_kd_loss(student, teacher, temperature=2.0, backend="triton").backward()
-
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    with torch.no_grad():
-        student.mul_(0.5)
-    graph.replay()
-    replayed = student.grad.clone()
-    step()
-    assert torch.equal(replayed, student.grad)
-
-
-@needs_gpu
 def test_a_row_of_2_31_columns():
     vocab_size = 2**31
     if torch.cuda.mem_get_info()[0] < 16 * vocab_size:
@@ -352,12 +314,3 @@ def test_a_row_of_2_31_columns():
     rest = (1 - p) / (vocab_size - 1)
     want = (p - rest) * 20.0  # the other columns agree
     torch.testing.assert_close(statistics[STATISTICS.index("divergence")].double(), want, rtol=1e-4, atol=1e-5)
-
-
-@needs_gpu
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-def test_tensors_on_another_gpu():
-    student, teacher = make_logits(8, 5000)
-    want = ea_kd_loss(student, teacher, backend="triton")
-    got = ea_kd_loss(student.to("cuda:1"), teacher.to("cuda:1"), backend="triton")
-    assert torch.equal(got.cpu(), want.cpu())
