@@ -15,8 +15,10 @@ using OptionalTensor = std::optional<Tensor>;
 
 #define EAKD_ROW_PARAMETERS \
   const Tensor &student, const Tensor &teacher, const OptionalTensor &labels, const OptionalTensor &keep, \
-      const OptionalTensor &temperatures, double temperature, double entropy_temperature, int64_t vocab_size
-#define EAKD_ROW_ARGUMENTS student, teacher, labels, keep, temperatures, temperature, entropy_temperature, vocab_size
+      const OptionalTensor &temperatures, double temperature, double entropy_temperature, int64_t vocab_size, \
+      at::ArrayRef<double> recipe, const OptionalTensor &class_bias
+#define EAKD_ROW_ARGUMENTS \
+  student, teacher, labels, keep, temperatures, temperature, entropy_temperature, vocab_size, recipe, class_bias
 #define EAKD_RULE_PARAMETERS \
   const OptionalTensor &weights, int64_t weighting, double entropy_bound, double weight_scale, bool tau_squared, \
       double kd_weight, double ce_weight, double scale, const OptionalTensor &denominator
@@ -26,7 +28,7 @@ using OptionalTensor = std::optional<Tensor>;
 
 #define EAKD_ROW_SCHEMA \
   "Tensor student, Tensor teacher, Tensor? labels, Tensor? keep, Tensor? temperatures, float temperature, " \
-  "float entropy_temperature, int vocab_size, "
+  "float entropy_temperature, int vocab_size, float[] recipe, Tensor? class_bias, "
 
 // `more`: schema of further arguments of this device, with a comma before.
 #define EAKD_DEFINE_OPERATORS(m, more) \

@@ -2,18 +2,20 @@
 
 from . import divergences, weighting
 from .dispatch import available_backends
-from .functional import distill_stats, ea_kd_loss, ea_weights
-from .modules import EAKDLoss
+from .functional import distill_stats, ea_dkd_loss, ea_kd_loss, ea_weights
+from .modules import EADKDLoss, EAKDLoss
 from .stats import RowStats
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "EADKDLoss",
     "EAKDLoss",
     "RowStats",
     "available_backends",
     "distill_stats",
     "divergences",
+    "ea_dkd_loss",
     "ea_kd_loss",
     "ea_weights",
     "weighting",

@@ -13,10 +13,10 @@ from torch.autograd import Function
 
 from . import ops
 from .ops import Rows
-from .stats import PUBLIC_FIELDS, STATISTICS_WITH_SLOPES
+from .stats import PUBLIC_FIELDS, SLOPES
 
 _NUM_ROWS, _TEMPERATURES = len(Rows._fields), Rows._fields.index("temperatures")
-_NUM_TENSORS = _TEMPERATURES + 1  # they come first
+_TENSORS = (*range(_TEMPERATURES + 1), Rows._fields.index("class_bias"))
 
 
 def _is_retained() -> bool:
@@ -117,8 +117,8 @@ class RowStatistics(Function):
     """(divergence, teacher_entropy, student_entropy, teacher_lse, student_lse, cross_entropy), each [...].
 
     apply(*Rows, inplace_gradient, backend). Differentiable in student_logits (divergence, student_entropy,
-    student_lse, cross_entropy) and in `temperatures` (divergence, student_lse). Saves both logits and 48 bytes a row,
-    56 with a temperature that requires grad.
+    student_lse, cross_entropy) and in `temperatures` (divergence, student_lse). Saves both logits and the statistics:
+    48 bytes a row, 88 with a recipe (of one temperature; 20 each more), and 8 more for a temperature that requires grad.
     """
 
     @staticmethod
@@ -126,8 +126,8 @@ class RowStatistics(Function):
         *rows, ctx.inplace, ctx.backend = arguments
         slopes = ctx.needs_input_grad[_TEMPERATURES]
         statistics = ops.row_statistics(*rows, slopes, ctx.backend)
-        _save(ctx, *rows[:_NUM_TENSORS], statistics)
-        ctx.constants = rows[_NUM_TENSORS:]
+        _save(ctx, *(rows[i] for i in _TENSORS), statistics)
+        ctx.constants = [None if i in _TENSORS else constant for i, constant in enumerate(rows)]
         ctx.set_materialize_grads(False)
         fields = statistics.unbind(0)[: len(PUBLIC_FIELDS)]
         ctx.mark_non_differentiable(fields[1], fields[3])  # the teacher's
@@ -136,7 +136,10 @@ class RowStatistics(Function):
     @staticmethod
     def backward(ctx, g_divergence, _g_teacher_entropy, g_entropy, _g_teacher_lse, g_lse, g_hard):
         *tensors, statistics = _saved(ctx)
-        rows = Rows(*tensors, *ctx.constants)
+        arguments = list(ctx.constants)
+        for i, tensor in zip(_TENSORS, tensors, strict=True):
+            arguments[i] = tensor
+        rows = Rows(*arguments)
         grads = [None] * (_NUM_ROWS + 2)
         if ctx.needs_input_grad[_TEMPERATURES]:
             grads[_TEMPERATURES] = _temperature_gradient(rows, statistics, g_divergence, g_lse)
@@ -151,10 +154,10 @@ class RowStatistics(Function):
 
 def _temperature_gradient(rows: Rows, statistics: Tensor, g_divergence: Tensor | None, g_lse: Tensor | None) -> Tensor:
     total = torch.zeros_like(statistics[0])
-    for g, slope in ((g_divergence, "divergence_slope"), (g_lse, "student_lse_slope")):
+    for g, slope in zip((g_divergence, g_lse), statistics[-len(SLOPES) :], strict=True):
         if g is not None:
             # An infinite divergence has no slope; where nothing flows back into it, it must not matter.
-            total = total + torch.where(g == 0, 0.0, g * statistics[STATISTICS_WITH_SLOPES.index(slope)])
+            total = total + torch.where(g == 0, 0.0, g * slope)
     if rows.keep is not None:
         total = torch.where(rows.keep, total, 0.0)
     if rows.temperatures.dim() == 0:

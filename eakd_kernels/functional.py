@@ -1,15 +1,16 @@
 """The public functions on logits: validate -> operator -> weight -> reduce."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import weighting as weights
 from .autograd import OnePass, row_statistics
-from .divergences import ForwardKL
+from .divergences import DECOUPLED, Divergence
 from .ops import WEIGHTINGS, LossRule
-from .options import explicit, options_class, takes_options
+from .options import check_number, explicit, options_class, takes_options
 from .stats import RowStats
 from .validation import Problem, validate
 
@@ -20,16 +21,20 @@ def ea_kd_loss(
     teacher_logits: Tensor,
     labels: Tensor | None = None,
     *,
-    temperature: float | Tensor = 1.0,
+    temperature: float | Tensor | tuple[float, ...] = 1.0,
     entropy_temperature: float = 3.0,
     weighting: str | Tensor | Callable[[RowStats], Tensor] = "ea",
     entropy_bound: float | None = None,
     detach_weights: bool = True,
     weight_norm: str = "none",
-    divergence: str | ForwardKL = "forward_kl",
+    divergence: str | Divergence = "forward_kl",
     scale_by_temperature_squared: bool = True,
     standardize: bool | str = False,
     teacher_class_weights: Tensor | None = None,
+    student_logit_scale: float = 1.0,
+    teacher_logit_scale: float = 1.0,
+    student_softcap: float | None = None,
+    teacher_softcap: float | None = None,
     kd_weight: float = 1.0,
     ce_weight: float = 0.0,
     mask: Tensor | None = None,
@@ -47,16 +52,17 @@ def ea_kd_loss(
     With p = softmax(teacher/tau), q = softmax(student/tau), and entropies H_T, H_S in nats of both softmaxes at the
     entropy temperature t, a row's loss is
 
-        kd_weight * w * tau^2 * KL(p || q) + ce_weight * CE(student, label)        w = (H_T + H_T H_S / H_ub)/2
+        kd_weight * w * tau^2 * D(p, q) + ce_weight * CE(student, label)        w = (H_T + H_T H_S / H_ub)/2
 
-    and rows are averaged; weights are never part of the mean's denominator. Loss and statistics are fp32 whatever the
+    with D = KL(p || q) unless `divergence` says otherwise, and rows are averaged; weights are never part of the mean's denominator. Loss and statistics are fp32 whatever the
     logits' dtype (fp64 if either is fp64); the gradient has the student's dtype. autocast changes nothing.
 
     Args:
         student_logits: [..., V], fp64, fp32, bf16 or fp16.
         teacher_logits: [..., V], any of these dtypes, without grad.
         labels: [...] int64, already shifted. Rows equal to `ignore_index` are left out of everything.
-        temperature: tau > 0. A float, a 0-d tensor, or a tensor of the leading shape; tensors may require grad.
+        temperature: tau > 0. A float, a 0-d tensor, or a tensor of the leading shape; tensors may require grad. A tuple
+            of up to 8 floats: the sum of tau^2 D over them (MLD; Jin et al. 2023), in one read of the logits.
         entropy_temperature: t > 0, used for H_T and H_S only. 3 is the paper's vision setting; at vocabularies of
             language models it makes all weights alike, and 1 does not.
         weighting: "ea"; "teacher" (H_T, which is ER-KD); "student" (H_S); "none" (1); a tensor [...]; or a callable
@@ -66,10 +72,15 @@ def ea_kd_loss(
             a weight tensor.
         weight_norm: "none" (the paper); "mean": weights scaled to mean 1 over the rows kept, 0 if they sum to 0;
             "bound": w / H_ub, which lies in [0, 1] for "ea".
-        divergence: "forward_kl".
+        divergence: "forward_kl", "reverse_kl", "jeffreys", or an instance out of eakd_kernels.divergences.
         scale_by_temperature_squared: the factor tau^2.
-        standardize: not in this version.
-        teacher_class_weights: not in this version.
+        standardize: True: D of the logits less their mean, over their deviation (unbiased, plus 1e-7) in each row, both
+            of which pass gradient (LS; Sun et al. 2024). "all": the entropies too. Cross-entropy never. Columns of
+            -inf do not count.
+        teacher_class_weights: [V], > 0: p ~ weight * p at tau, renormalised (BKD; Zhang et al. 2021). Entropies do not
+            see them.
+        student_logit_scale, teacher_logit_scale: > 0, multiply the logits before all else (Cohere's logit_scale).
+        student_softcap, teacher_softcap: > 0, then logits = cap * tanh(logits / cap) (Gemma 2). None: no cap.
         kd_weight, ce_weight: >= 0. Cross-entropy is at temperature 1, unweighted, from the same sweep.
         mask: [...] bool, True where the row counts; combined with labels by "and".
         ignore_index: the label of rows left out.
@@ -96,10 +107,13 @@ def ea_kd_loss(
     unless the row's weight is 0. NaN or +inf in a row kept makes the loss NaN; in a row left out it changes nothing.
     """
     keywords = {name: value for name, value in locals().items() if not name.endswith(("_logits", "labels"))}
-    options = Options(**keywords)
+    return _loss(student_logits, teacher_logits, labels, Options(**keywords))
+
+
+def _loss(student_logits, teacher_logits, labels, options, decoupled=None) -> Tensor | tuple[Tensor, RowStats]:
     # Statistics are asked for with everything in them; otherwise cross-entropy is computed where it is used.
     wants_cross_entropy = labels is not None and (options.ce_weight != 0 or options.return_stats)
-    problem = validate(student_logits, teacher_logits, labels, options, wants_cross_entropy)
+    problem = validate(student_logits, teacher_logits, labels, options, wants_cross_entropy, decoupled)
     if _runs_in_one_pass(problem, options):
         loss, stats = _one_pass(problem, options)
     else:
@@ -128,10 +142,56 @@ def distill_stats(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor
     return _statistics(validate(student_logits, teacher_logits, labels, options, labels is not None), options)
 
 
+@takes_options(ea_kd_loss, without=("divergence",), temperature=4.0)
+def ea_dkd_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor,
+    *,
+    alpha: float = 1.0,
+    beta: float = 8.0,
+    **options,
+) -> Tensor | tuple[Tensor, RowStats]:
+    """Entropy-weighted decoupled distillation (EA-DKD; DKD: Zhao et al., CVPR 2022; weights as in `ea_kd_loss`).
+
+    A row with label k has the divergence alpha TCKD + beta NCKD at temperature tau:
+
+        TCKD = p_k log(p_k/q_k) + (1 - p_k) log((1 - p_k)/(1 - q_k))        NCKD = KL(p || q) without class k, both
+                                                                            renormalised
+
+    so that KL(p || q) = TCKD + (1 - p_k) NCKD. All of it in log space: a p_k that rounds to 1 costs nothing.
+
+    Args:
+        student_logits, teacher_logits: [..., V], as for `ea_kd_loss`.
+        labels: [...] int64; rows equal to `ignore_index` are left out of everything.
+        alpha, beta: >= 0. The published beta is 8 or less, alpha 1.
+        options: those of `ea_kd_loss` but for divergence. standardize="all" is what published EA-DKD with LS does.
+
+    Returns and raises what `ea_kd_loss` does.
+    """
+    decoupled, options = check_ea_dkd_options(alpha=alpha, beta=beta, **options)
+    if labels is None:
+        raise ValueError("ea_dkd_loss needs labels, got None: its divergence treats the label's class apart")
+    return _loss(student_logits, teacher_logits, labels, options, decoupled)
+
+
+def check_ea_kd_options(**options):
+    """The Options of these keywords; raises what `ea_kd_loss` raises for them alone."""
+    return Options(**options)
+
+
+def check_ea_dkd_options(*, alpha: float = 1.0, beta: float = 8.0, **options) -> tuple[tuple[int, float, float], Any]:
+    """(code and parameters of DKD's divergence, Options); raises what `ea_dkd_loss` raises for the keywords alone."""
+    for name, value in (("alpha", alpha), ("beta", beta)):
+        check_number(name, value, at_least=0)
+    return (DECOUPLED, float(alpha), float(beta)), Options(**options)
+
+
 @takes_options(
     ea_kd_loss,
     only=(
         *("entropy_temperature", "weighting", "entropy_bound", "weight_norm", "mask", "vocab_size"),
+        *("student_logit_scale", "teacher_logit_scale", "student_softcap", "teacher_softcap"),
         *("process_group", "backend"),
     ),
 )
@@ -181,7 +241,7 @@ def _one_pass(problem: Problem, options) -> tuple[Tensor, RowStats]:
         WEIGHTINGS["tensor" if given else options.weighting],
         problem.entropy_bound,
         weights.bound_scale(options.weight_norm, problem.entropy_bound),
-        options.scale_by_temperature_squared,
+        _is_scaled(options),
         float(options.kd_weight),
         float(options.ce_weight),
         scale,
@@ -192,9 +252,20 @@ def _one_pass(problem: Problem, options) -> tuple[Tensor, RowStats]:
     return loss, _row_stats(problem, row_loss, weight, public)
 
 
+def _is_scaled(options) -> bool:
+    """Whether a factor tau^2 comes on top of the divergence; a sum over temperatures has its own inside."""
+    return options.scale_by_temperature_squared and options.temperatures is None
+
+
 def _row_stats(problem: Problem, loss, weight, public) -> RowStats:
-    *fields, cross_entropy = public
-    return RowStats(loss, weight, *fields, cross_entropy if problem.labelled else None)
+    divergence, teacher_entropy, student_entropy, teacher_lse, student_lse, cross_entropy = public
+    if problem.temperatures > 1:
+        teacher_lse = student_lse = None
+    if not problem.labelled:
+        cross_entropy = None
+    return RowStats(
+        loss, weight, divergence, teacher_entropy, student_entropy, teacher_lse, student_lse, cross_entropy
+    )
 
 
 def _statistics(problem: Problem, options) -> RowStats:
@@ -203,7 +274,7 @@ def _statistics(problem: Problem, options) -> RowStats:
     stats = _row_stats(problem, None, None, fields)
     weight = _weight(stats, problem, options)
     tau_squared = 1.0
-    if options.scale_by_temperature_squared:
+    if _is_scaled(options):
         tau = rows.temperature if rows.temperatures is None else rows.temperatures.to(weight.dtype)
         tau_squared = tau * tau
     loss = weights.row_loss(

@@ -3,24 +3,20 @@
 import torch
 from torch import Tensor, nn
 
-from .functional import Options, ea_kd_loss
+from .functional import check_ea_dkd_options, check_ea_kd_options, ea_dkd_loss, ea_kd_loss
 from .options import check_keywords, keyword_names, takes_options
 from .stats import RowStats
 
 
-class EAKDLoss(nn.Module):
-    """`ea_kd_loss` with its options kept: `EAKDLoss(temperature=4.0)(student_logits, teacher_logits, labels)`.
+class _Loss(nn.Module):
+    """Keeps the keywords of `function`, which `check` accepts, and those of a call take their place."""
 
-    Takes the options of `ea_kd_loss`, and checks them when it is made. Those that differ from call to call (mask,
-    num_items, ...) can be given to the call, where they replace the module's. Tensors move with `.to(device)`; a
-    `temperature` that is an nn.Parameter is a parameter of the module (CTKD), a `weighting` that is an nn.Module a
-    submodule.
-    """
+    function: staticmethod
+    check: staticmethod
 
-    @takes_options(ea_kd_loss)
     def __init__(self, **options):
         super().__init__()
-        Options(**options)
+        self.check(**options)
         self._constants = {}
         for name, value in options.items():
             if isinstance(value, nn.Parameter):
@@ -32,12 +28,49 @@ class EAKDLoss(nn.Module):
             else:
                 self._constants[name] = value
 
-    def forward(
-        self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor | None = None, **options
-    ) -> Tensor | tuple[Tensor, RowStats]:
-        check_keywords(options, keyword_names(ea_kd_loss), f"{type(self).__name__}()")
+    def _loss(self, *arguments, **options):
+        check_keywords(options, keyword_names(self.function), f"{type(self).__name__}()")
         kept = {**self._constants, **self._parameters, **self._buffers, **self._modules}
-        return ea_kd_loss(student_logits, teacher_logits, labels, **{**kept, **options})
+        return self.function(*arguments, **{**kept, **options})
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self._constants.items())
+
+
+class EAKDLoss(_Loss):
+    """`ea_kd_loss` with its options kept: `EAKDLoss(temperature=4.0)(student_logits, teacher_logits, labels)`.
+
+    Takes the options of `ea_kd_loss`, and checks them when it is made. Those that differ from call to call (mask,
+    num_items, ...) can be given to the call, where they replace the module's. Tensors move with `.to(device)`; a
+    `temperature` that is an nn.Parameter is a parameter of the module (CTKD), a `weighting` that is an nn.Module a
+    submodule.
+    """
+
+    function, check = staticmethod(ea_kd_loss), staticmethod(check_ea_kd_options)
+
+    @takes_options(ea_kd_loss)
+    def __init__(self, **options):
+        super().__init__(**options)
+
+    def forward(
+        self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor | None = None, **options
+    ) -> Tensor | tuple[Tensor, RowStats]:
+        return self._loss(student_logits, teacher_logits, labels, **options)
+
+
+class EADKDLoss(_Loss):
+    """`ea_dkd_loss` with its options kept: `EADKDLoss(beta=2.0)(student_logits, teacher_logits, labels)`.
+
+    Takes alpha, beta and the other options of `ea_dkd_loss`, as `EAKDLoss` takes those of `ea_kd_loss`.
+    """
+
+    function, check = staticmethod(ea_dkd_loss), staticmethod(check_ea_dkd_options)
+
+    @takes_options(ea_dkd_loss)
+    def __init__(self, **options):
+        super().__init__(**options)
+
+    def forward(
+        self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, **options
+    ) -> Tensor | tuple[Tensor, RowStats]:
+        return self._loss(student_logits, teacher_logits, labels, **options)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .dispatch import backend_module
-from .stats import LOSS_STATISTICS, STATISTICS, STATISTICS_WITH_SLOPES
+from .stats import LOSS_STATISTICS, statistics_count
 
 
 class Rows(NamedTuple):
@@ -29,6 +29,41 @@ class Rows(NamedTuple):
     temperature: float
     entropy_temperature: float
     vocab_size: int  # columns used
+    recipe: list[float]  # Recipe.flat(); empty: KL(p || q) of the logits as they are
+    class_bias: Tensor | None  # [V]; added to the teacher's logits / temperature, <= 0; only with a recipe
+
+
+class Recipe(NamedTuple):
+    """What a divergence is made of beyond KL(p || q) of the logits at one temperature: csrc/recipe.h, Recipe.
+
+    Logits are multiplied by their scale, then capped: cap * tanh(scale * logits / cap).
+    """
+
+    divergence: int  # divergences.Divergence.code, or divergences.DECOUPLED
+    first: float  # the divergence's parameters
+    second: float
+    standardize: int  # STANDARDIZE
+    student_scale: float
+    teacher_scale: float
+    student_cap: float  # 0: none
+    teacher_cap: float
+    # D = sum over k of factors_k D at temperatures_k. One of them, with Rows.temperatures in its place, if there are.
+    temperatures: tuple[float, ...]
+    factors: tuple[float, ...]
+
+    def flat(self) -> list[float]:
+        pairs = zip(self.temperatures, self.factors, strict=True)
+        return [*map(float, self[:8]), *(number for pair in pairs for number in pair)]
+
+    @classmethod
+    def of(cls, flat: list[float]) -> "Recipe | None":
+        if not flat:
+            return None
+        code, first, second, standardize, *rest = flat[:8]
+        return cls(int(code), first, second, int(standardize), *rest, tuple(flat[8::2]), tuple(flat[9::2]))
+
+
+STANDARDIZE = {False: 0, True: 1, "all": 2}  # "all": the entropies take the standardised logits too
 
 
 class LossRule(NamedTuple):
@@ -49,7 +84,7 @@ WEIGHTINGS = {"none": 0, "teacher": 1, "student": 2, "ea": 3, "tensor": 4}
 
 _ROWS = (
     "Tensor student_logits, Tensor teacher_logits, Tensor? labels, Tensor? keep, Tensor? temperatures, "
-    "float temperature, float entropy_temperature, SymInt vocab_size"
+    "float temperature, float entropy_temperature, SymInt vocab_size, float[] recipe, Tensor? class_bias"
 )
 _RULE = (
     "Tensor? weights, int weighting, float entropy_bound, float weight_scale, bool tau_squared, float kd_weight, "
@@ -69,8 +104,8 @@ def statistics_dtype(student_logits: Tensor, teacher_logits: Tensor) -> torch.dt
     return torch.float64 if double else torch.float32
 
 
-def _new_statistics(rows: Rows, fields: tuple[str, ...]) -> Tensor:
-    shape = (len(fields), *rows.student_logits.shape[:-1])
+def _new_statistics(rows: Rows, fields: int) -> Tensor:
+    shape = (fields, *rows.student_logits.shape[:-1])
     return rows.student_logits.new_empty(shape, dtype=statistics_dtype(*rows[:2]))
 
 
@@ -90,8 +125,10 @@ def _row_statistics(*arguments):
 
 
 def _fake_statistics(*arguments):
-    *rows, temperature_slopes, _backend = arguments
-    return _new_statistics(Rows(*rows), STATISTICS_WITH_SLOPES if temperature_slopes else STATISTICS)
+    *fields, temperature_slopes, _backend = arguments
+    rows = Rows(*fields)
+    recipe = Recipe.of(rows.recipe)
+    return _new_statistics(rows, statistics_count(recipe and len(recipe.factors), temperature_slopes))
 
 
 _define(
@@ -146,7 +183,7 @@ def _one_pass_(*arguments):
 
 def _fake_loss(*arguments):
     rows = Rows(*arguments[:_NUM_ROWS])
-    statistics = _new_statistics(rows, LOSS_STATISTICS)
+    statistics = _new_statistics(rows, len(LOSS_STATISTICS))
     return statistics.new_empty(()), statistics
 
 

@@ -19,8 +19,8 @@ REDUCTIONS = ("mean", "sum", "none")
 WEIGHT_NORMS = ("none", "mean", "bound")
 # Beyond it log2(e)/temperature leaves fp32.
 _LARGEST_TEMPERATURE = 1e30
-# Divergences of the design that this version does not have yet; naming them beats "unknown".
-_LATER_DIVERGENCES = ("reverse_kl", "jeffreys")
+# What the kernels have room for: MLD takes five.
+MOST_TEMPERATURES = 8
 
 
 def keyword_names(function) -> tuple[str, ...]:
@@ -98,15 +98,14 @@ class _Checked:
     def names(cls) -> tuple[str, ...]:
         return tuple(field.name for field in fields(cls))
 
+    @property
+    def temperatures(self) -> tuple[float, ...] | None:
+        """Those to sum over."""
+        return tuple(map(float, self.temperature)) if isinstance(self.temperature, tuple | list) else None
+
     def _check_later(self):
-        for name, absent in (("process_group", None), ("standardize", False), ("teacher_class_weights", None)):
-            if getattr(self, name) is not absent:
-                raise NotImplementedError(f"{name} is not in this version of eakd_kernels; leave it at {absent}")
-        if isinstance(self.temperature, tuple | list):
-            raise NotImplementedError(
-                "temperature as a tuple (a sum over temperatures) is not in this version of eakd_kernels; "
-                "add one call per temperature"
-            )
+        if self.process_group is not None:
+            raise NotImplementedError("process_group is not in this version of eakd_kernels; leave it at None")
 
     def _check_choices(self):
         if isinstance(self.reduction, str) and self.reduction == "batchmean":
@@ -115,12 +114,11 @@ class _Checked:
         _check_choice("weight_norm", self.weight_norm, WEIGHT_NORMS)
         if isinstance(self.weighting, str) or not (callable(self.weighting) or torch.is_tensor(self.weighting)):
             _check_choice("weighting", self.weighting, (*weighting.BUILT_IN,), ", a tensor or a callable")
-        if isinstance(self.divergence, str) and self.divergence in _LATER_DIVERGENCES:
-            raise NotImplementedError(
-                f'divergence="{self.divergence}" is not in this version of eakd_kernels; use "forward_kl"'
-            )
-        if not isinstance(self.divergence, divergences.ForwardKL):
-            _check_choice("divergence", self.divergence, (*divergences.BY_NAME,), " or divergences.ForwardKL()")
+        if not isinstance(self.divergence, divergences.Divergence):
+            more = " or an instance out of eakd_kernels.divergences, such as JSD(0.5)"
+            _check_choice("divergence", self.divergence, (*divergences.BY_NAME,), more)
+        if not (isinstance(self.standardize, bool) or self.standardize == "all"):
+            raise ValueError(f'standardize must be False, True or "all", got {self.standardize!r}')
         if not isinstance(self.backend, str):
             raise TypeError(f"backend must be a name, got {_kind(self.backend)}")
         flags = ("detach_weights", "scale_by_temperature_squared", "inplace_gradient", "return_stats")
@@ -129,17 +127,30 @@ class _Checked:
                 raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
 
     def _check_temperatures(self):
-        if not torch.is_tensor(self.temperature):
-            _check_number("temperature", self.temperature, above=0, below=_LARGEST_TEMPERATURE)
+        if isinstance(self.temperature, tuple | list):
+            if not 1 <= len(self.temperature) <= MOST_TEMPERATURES:
+                raise ValueError(
+                    f"temperature must have 1 to {MOST_TEMPERATURES} entries to sum over, got {len(self.temperature)}; "
+                    "add up several calls for more"
+                )
+            for i, tau in enumerate(self.temperature):
+                check_number(f"temperature[{i}]", tau, above=0, below=_LARGEST_TEMPERATURE)
+        elif not torch.is_tensor(self.temperature):
+            check_number("temperature", self.temperature, above=0, below=_LARGEST_TEMPERATURE)
         elif not self.temperature.is_floating_point():
             raise TypeError(f"temperature must be a float or a floating-point tensor, got {self.temperature.dtype}")
-        _check_number("entropy_temperature", self.entropy_temperature, above=0, below=_LARGEST_TEMPERATURE)
+        check_number("entropy_temperature", self.entropy_temperature, above=0, below=_LARGEST_TEMPERATURE)
 
     def _check_numbers(self):
         if self.entropy_bound is not None:
-            _check_number("entropy_bound", self.entropy_bound, at_least=0)
-        _check_number("kd_weight", self.kd_weight, at_least=0)
-        _check_number("ce_weight", self.ce_weight, at_least=0)
+            check_number("entropy_bound", self.entropy_bound, at_least=0)
+        for name in ("student_logit_scale", "teacher_logit_scale"):
+            check_number(name, getattr(self, name), above=0, below=_LARGEST_TEMPERATURE)
+        for name in ("student_softcap", "teacher_softcap"):
+            if getattr(self, name) is not None:
+                check_number(name, getattr(self, name), above=0, below=_LARGEST_TEMPERATURE)
+        check_number("kd_weight", self.kd_weight, at_least=0)
+        check_number("ce_weight", self.ce_weight, at_least=0)
         if not _is_int(self.ignore_index):
             raise TypeError(f"ignore_index must be an int, got {_kind(self.ignore_index)}")
         if self.vocab_size is not None and not _is_int(self.vocab_size):
@@ -148,7 +159,7 @@ class _Checked:
             if self.reduction == "none":
                 raise ValueError('num_items goes with reduction "mean" or "sum" (both then give sum / num_items)')
             if not torch.is_tensor(self.num_items):
-                _check_number("num_items", self.num_items, above=0)
+                check_number("num_items", self.num_items, above=0)
             elif self.num_items.dim() != 0:
                 raise ValueError(f"num_items must be a number or a 0-d tensor, got shape {tuple(self.num_items.shape)}")
 
@@ -176,7 +187,7 @@ def _is_real(value) -> bool:
     return number and not isinstance(value, bool)
 
 
-def _check_number(name, value, *, above=None, at_least=None, below=math.inf) -> None:
+def check_number(name, value, *, above=None, at_least=None, below=math.inf) -> None:
     # Comparisons only, false for NaN, and text only for errors: torch.compile(dynamic=True) makes numbers symbolic.
     if _is_real(value) and (value >= at_least if above is None else value > above) and value < below:
         return

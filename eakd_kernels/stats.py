@@ -12,9 +12,10 @@ class RowStats(NamedTuple):
 
     loss: kd_weight * weight * (tau^2 if scaled) * divergence + ce_weight * cross_entropy.
     weight: after weight_norm.
-    divergence: the bare divergence, without tau^2 and weight.
+    divergence: the bare divergence, without tau^2 and weight; sum of tau_k^2 D_k for a tuple of temperatures.
     teacher_entropy, student_entropy: at the entropy temperature.
-    teacher_lse, student_lse: logsumexp(logits / temperature).
+    teacher_lse, student_lse: logsumexp(logits / temperature) of the logits that the divergence sees: standardised, if
+        they are, and with the log of the class weights added; None for a tuple of temperatures.
     cross_entropy: hard-label, at temperature 1; None without labels.
     """
 
@@ -23,8 +24,8 @@ class RowStats(NamedTuple):
     divergence: torch.Tensor
     teacher_entropy: torch.Tensor
     student_entropy: torch.Tensor
-    teacher_lse: torch.Tensor
-    student_lse: torch.Tensor
+    teacher_lse: torch.Tensor | None
+    student_lse: torch.Tensor | None
     cross_entropy: torch.Tensor | None
 
     def detach(self) -> "RowStats":
@@ -44,5 +45,33 @@ STATISTICS = (
     "student_hard_sum",
 )
 # d/dtau, where a temperature requires grad.
-STATISTICS_WITH_SLOPES = (*STATISTICS, "divergence_slope", "student_lse_slope")
+SLOPES = ("divergence_slope", "student_lse_slope")
 LOSS_STATISTICS = (*PUBLIC_FIELDS, "weight", "loss")
+
+# With a recipe: as csrc/recipe.h numbers them. "rest" is the row without its label's column where the divergence is
+# decoupled, and the whole row elsewhere.
+RECIPE_STATISTICS = (
+    *PUBLIC_FIELDS,
+    "rest_teacher_max",
+    "rest_student_max",
+    "student_max",
+    "student_entropy_sum",
+    "student_hard_sum",
+    "student_count",  # of columns that are not -inf, their mean and deviation: where logits are standardised
+    "student_mean",
+    "student_deviation",
+    "teacher_deviation",
+    "entropy_pull",
+    "lse_pull",
+)
+# and of every temperature
+TEMPERATURE_STATISTICS = ("rest_teacher_sum", "rest_student_sum", "pull", "student_pull", "teacher_pull")
+
+
+def statistics_count(num_temperatures: int | None, slopes: bool) -> int:
+    """How many statistics a row has; num_temperatures: of its recipe, None without one."""
+    if num_temperatures is None:
+        fields = len(STATISTICS)
+    else:
+        fields = len(RECIPE_STATISTICS) + num_temperatures * len(TEMPERATURE_STATISTICS)
+    return fields + (len(SLOPES) if slopes else 0)

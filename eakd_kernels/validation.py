@@ -6,8 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import dispatch
-from .ops import Rows, statistics_dtype
+from . import dispatch, divergences
+from .ops import STANDARDIZE, Recipe, Rows, statistics_dtype
 
 _LOGIT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -17,10 +17,15 @@ class Problem(NamedTuple):
     entropy_bound: float  # H_ub
     backend: str
     labelled: bool  # cross-entropy is computed
+    temperatures: int  # how many the divergence sums over
 
 
-def validate(student: Tensor, teacher: Tensor, labels: Tensor | None, options, wants_cross_entropy: bool) -> Problem:
-    """Raises ValueError or TypeError naming the argument, what it got and what would work."""
+def validate(
+    student: Tensor, teacher: Tensor, labels: Tensor | None, options, wants_cross_entropy: bool, decoupled=None
+) -> Problem:
+    """decoupled: (code, parameters) of a divergence that options cannot name, and that needs labels.
+
+    Raises ValueError or TypeError naming the argument, what it got and what would work."""
     vocab_size = _check_logits(student, teacher, options.vocab_size)
     leading = student.shape[:-1]
     _check_per_row("labels", labels, leading, student, "int64")
@@ -37,24 +42,72 @@ def validate(student: Tensor, teacher: Tensor, labels: Tensor | None, options, w
         raise ValueError(f"ce_weight={options.ce_weight} needs labels, got None; pass labels or ce_weight=0")
     if options.inplace_gradient:
         _check_inplace(student, teacher)
+    class_bias = _class_bias(options.teacher_class_weights, vocab_size, student, teacher)
     labels, temperatures = _ordinary(labels), _ordinary(temperatures)
     keep = _ordinary(_rows_kept(labels, options))
-    _check_values(labels if wants_cross_entropy else None, keep, temperatures, options, vocab_size)
+    wants_labels = wants_cross_entropy or decoupled is not None
+    _check_values(labels if wants_labels else None, keep, temperatures, options, vocab_size)
     backend = dispatch.resolve(options.backend, student.device.type, student.dtype, teacher.dtype)
     if temperatures is not None and keep is not None and temperatures.shape == leading:
         temperatures = torch.where(keep, temperatures, 1.0)  # a row left out may hold anything
+    recipe = _recipe(options, decoupled)
     rows = Rows(
         student,
         teacher.detach(),
-        labels if wants_cross_entropy else None,
+        labels if wants_labels else None,
         keep,
         temperatures,
-        1.0 if temperatures is not None else float(options.temperature),
+        recipe.temperatures[0],
         float(options.entropy_temperature),
         vocab_size,
+        recipe.flat() if class_bias is not None or recipe != _PLAIN._replace(temperatures=recipe.temperatures) else [],
+        class_bias,
     )
     bound = math.log(vocab_size) if options.entropy_bound is None else float(options.entropy_bound)
-    return Problem(rows, bound, backend, rows.labels is not None)
+    return Problem(rows, bound, backend, rows.labels is not None, len(recipe.temperatures))
+
+
+_PLAIN = Recipe(*divergences.ForwardKL().kernel(), 0, 1.0, 1.0, 0.0, 0.0, (1.0,), (1.0,))
+
+
+def _recipe(options, decoupled) -> Recipe:
+    divergence = options.divergence
+    if isinstance(divergence, str):
+        divergence = divergences.BY_NAME[divergence]
+    temperatures, factors = options.temperatures, (1.0,)
+    if temperatures is None:
+        temperatures = (1.0 if torch.is_tensor(options.temperature) else float(options.temperature),)
+    else:
+        factors = tuple(tau * tau if options.scale_by_temperature_squared else 1.0 for tau in temperatures)
+    return Recipe(
+        *(decoupled or divergence.kernel()),
+        STANDARDIZE[options.standardize],
+        float(options.student_logit_scale),
+        float(options.teacher_logit_scale),
+        float(options.student_softcap or 0),
+        float(options.teacher_softcap or 0),
+        temperatures,
+        factors,
+    )
+
+
+def _class_bias(weights, vocab_size, student, teacher) -> Tensor | None:
+    """log of the weights, the largest 0, so that no exponent grows beyond the logits'."""
+    if weights is None:
+        return None
+    if not torch.is_tensor(weights) or not weights.is_floating_point():
+        got = weights.dtype if torch.is_tensor(weights) else type(weights).__name__
+        raise TypeError(f"teacher_class_weights must be a floating-point tensor, got {got}")
+    if weights.shape != (vocab_size,):
+        raise ValueError(f"teacher_class_weights must have shape ({vocab_size},), got {tuple(weights.shape)}")
+    if weights.requires_grad:
+        raise ValueError("teacher_class_weights requires grad, and gets no gradient here: pass its .detach()")
+    _check_device("teacher_class_weights", weights, student)
+    on_cpu = weights.device.type == "cpu" and not torch.compiler.is_compiling()
+    if on_cpu and not bool(((weights > 0) & weights.isfinite()).all()):
+        raise ValueError("teacher_class_weights must be finite and > 0; a class without weight is one of -inf logits")
+    bias = _ordinary(weights).to(statistics_dtype(student, teacher)).log()
+    return bias - bias.amax()
 
 
 def _check_logits(student, teacher, vocab_size) -> int:

@@ -7,7 +7,10 @@ It shares no maths with the kernels and takes any floating dtype on any device. 
 import torch
 from torch import Tensor
 
-from ..ops import Rows, statistics_dtype
+from .. import divergences
+from ..ops import STANDARDIZE, Recipe, Rows, statistics_dtype
+
+PLAIN = Recipe(*divergences.ForwardKL().kernel(), 0, 1.0, 1.0, 0.0, 0.0, (1.0,), (1.0,))
 
 
 def unavailable_reason():
@@ -20,19 +23,21 @@ def unsupported_reason(device, dtypes):
 
 def statistics(rows: Rows) -> tuple[Tensor, ...]:
     """stats.PUBLIC_FIELDS as tensors [...], with PyTorch's own graph."""
-    student, teacher = _logits(rows.student_logits, rows), _logits(rows.teacher_logits, rows)
-    # A side that is -inf throughout has no distribution: its statistics are 0.
+    recipe = Recipe.of(rows.recipe) or PLAIN._replace(temperatures=(rows.temperature,))
+    student = _logits(rows.student_logits, rows, recipe.student_scale, recipe.student_cap)
+    teacher = _logits(rows.teacher_logits, rows, recipe.teacher_scale, recipe.teacher_cap)
+    # A side that is -inf throughout has no distribution: its own statistics are 0.
     no_student, no_teacher = ((logits == -torch.inf).all(-1) for logits in (student, teacher))
-    student = torch.where(no_student[..., None], 0.0, student)
-    teacher = torch.where(no_teacher[..., None], 0.0, teacher)
-    z, y = _divided(student, rows), _divided(teacher, rows)
-    student_lse, teacher_lse = z.logsumexp(-1), y.logsumexp(-1).detach()
-    # 0 without a teacher, +inf without a student alone; NaN or +inf on the other side makes both NaN.
-    divergence = torch.where(no_student, torch.inf + 0 * teacher_lse, _forward_kl(y.log_softmax(-1), z.log_softmax(-1)))
+    seen = student, teacher
+    if recipe.standardize:
+        seen = tuple(map(_standardized, seen))
+    divergence, teacher_lse, student_lse = _divergence(*seen, rows, recipe)
+    raw = seen if recipe.standardize == STANDARDIZE["all"] else (student, teacher)
+    student_entropy, teacher_entropy = (_entropy(_log_softmax(x / rows.entropy_temperature)) for x in raw)
     fields = (
-        torch.where(no_teacher, 0 * student_lse, divergence),
-        _entropy((teacher / rows.entropy_temperature).log_softmax(-1)).masked_fill(no_teacher, 0),
-        _entropy((student / rows.entropy_temperature).log_softmax(-1)).masked_fill(no_student, 0),
+        divergence,
+        teacher_entropy.masked_fill(no_teacher, 0),
+        student_entropy.masked_fill(no_student, 0),
         teacher_lse.masked_fill(no_teacher, 0),
         student_lse.masked_fill(no_student, 0),
         _cross_entropy(student, rows.labels).masked_fill(no_student, 0),
@@ -40,20 +45,98 @@ def statistics(rows: Rows) -> tuple[Tensor, ...]:
     return fields if rows.keep is None else tuple(torch.where(rows.keep, field, 0.0) for field in fields)
 
 
-def _logits(logits: Tensor, rows: Rows) -> Tensor:
+def _logits(logits: Tensor, rows: Rows, scale: float, cap: float) -> Tensor:
     """The used columns in the arithmetic dtype. Rows left out become zeros: whatever they hold cannot spread."""
     logits = logits[..., : rows.vocab_size].to(statistics_dtype(rows.student_logits, rows.teacher_logits))
-    return logits if rows.keep is None else torch.where(rows.keep[..., None], logits, 0.0)
+    logits = logits if rows.keep is None else torch.where(rows.keep[..., None], logits, 0.0)
+    if scale != 1:
+        logits = logits * scale
+    if cap == 0:
+        return logits
+    masked = logits == -torch.inf  # and stays so: -inf is no logit
+    return torch.where(masked, -torch.inf, cap * torch.tanh(logits.masked_fill(masked, 0) / cap))
 
 
-def _divided(logits: Tensor, rows: Rows) -> Tensor:
-    """logits / temperature."""
-    if rows.temperatures is None:
-        return logits / rows.temperature
+def _standardized(logits: Tensor) -> Tensor:
+    """(x - mean)/(1e-7 + deviation), the deviation unbiased; masked columns do not count."""
+    masked = logits == -torch.inf
+    count = (~masked).sum(-1, keepdim=True)
+    mean = logits.masked_fill(masked, 0).sum(-1, keepdim=True) / count.clamp(min=1)
+    centred = torch.where(masked, 0.0, logits - mean)
+    variance = centred.square().sum(-1, keepdim=True) / (count - 1).clamp(min=1)
+    # sqrt at 0 has no derivative, and equal logits have no deviation to differentiate
+    deviation = torch.where(variance == 0, 0.0, torch.where(variance == 0, 1.0, variance).sqrt())
+    return torch.where(masked, -torch.inf, centred / (1e-7 + deviation))
+
+
+def _divergence(student: Tensor, teacher: Tensor, rows: Rows, recipe: Recipe) -> tuple[Tensor, Tensor, Tensor]:
+    """(sum of factors_k D at temperatures_k, lse of the teacher and of the student at the last of them)."""
+    total = 0.0
+    for tau, factor in zip(recipe.temperatures, recipe.factors, strict=True):
+        z, y = (_divided(x, tau if rows.temperatures is None else rows.temperatures) for x in (student, teacher))
+        if rows.class_bias is not None:
+            y = y + rows.class_bias
+        if recipe.divergence == divergences.DECOUPLED:
+            value = _decoupled(y, z, rows.labels, recipe.first, recipe.second)
+        else:
+            kind = divergences.of_code(recipe.divergence, recipe.first, recipe.second)
+            value = _summed(kind, _log_softmax(y), _log_softmax(z))
+        total = total + factor * value
+    return total, y.logsumexp(-1).detach(), z.logsumexp(-1)
+
+
+def _divided(logits: Tensor, temperature: float | Tensor) -> Tensor:
+    if not torch.is_tensor(temperature):
+        return logits / temperature
     # d/dtau of a masked column would be 0 * inf. Its logit stays in the graph, for the gradient of a student that is
     # -inf under teacher mass.
-    tau, masked = rows.temperatures.to(logits.dtype)[..., None], logits == -torch.inf
+    tau, masked = temperature.to(logits.dtype)[..., None], logits == -torch.inf
     return torch.where(masked, logits / tau.detach(), logits.masked_fill(masked, 0) / tau)
+
+
+def _log_softmax(logits: Tensor) -> Tensor:
+    """-inf throughout where the logits are: no mass at all."""
+    nothing = (logits == -torch.inf).all(-1, keepdim=True)
+    return torch.where(nothing, -torch.inf, torch.where(nothing, 0.0, logits).log_softmax(-1))
+
+
+def _summed(divergence: divergences.Divergence, log_p: Tensor, log_q: Tensor) -> Tensor:
+    """Over columns in which a side has mass."""
+    neither = (log_p == -torch.inf) & (log_q == -torch.inf)
+    columns = divergence.columns(*(torch.where(neither, 0.0, x) for x in (log_p, log_q)))
+    return torch.where(neither, 0.0, columns).sum(-1)
+
+
+def _decoupled(y: Tensor, z: Tensor, labels: Tensor, alpha: float, beta: float) -> Tensor:
+    """alpha TCKD + beta NCKD (functional.ea_dkd_loss)."""
+    valid = (labels >= 0) & (labels < z.shape[-1])
+    label = torch.where(valid, labels, 0)[..., None]
+    is_label = torch.zeros_like(z, dtype=torch.bool).scatter(-1, label, True)
+    rest_y, rest_z = (x.masked_fill(is_label, -torch.inf) for x in (y, z))
+    # log(p_k/(1 - p_k)), from which log p_k and log(1 - p_k) come without cancellation
+    p, q = (_log_odds(x, rest, label) for x, rest in ((y, rest_y), (z, rest_z)))
+    target = sum(
+        torch.sigmoid(sign * p) * _where_mass(p, sign, _log_sigmoid(sign * p) - _log_sigmoid(sign * q))
+        for sign in (1, -1)
+    )
+    rest = _summed(divergences.ForwardKL(), _log_softmax(rest_y), _log_softmax(rest_z))
+    parts = [(alpha, target), (beta, rest)]
+    total = sum((weight * part for weight, part in parts if weight != 0), torch.zeros_like(rest))
+    return torch.where(valid, total, torch.nan)
+
+
+def _log_odds(logits: Tensor, rest: Tensor, label: Tensor) -> Tensor:
+    """+inf where the label is all there is; -inf where it has no mass, or nothing has."""
+    at_label, others = logits.gather(-1, label)[..., 0], rest.logsumexp(-1)
+    return torch.where(at_label == -torch.inf, -torch.inf, at_label - torch.where(at_label == -torch.inf, 0.0, others))
+
+
+def _log_sigmoid(x: Tensor) -> Tensor:
+    return torch.nn.functional.logsigmoid(x)
+
+
+def _where_mass(log_odds: Tensor, sign: int, x: Tensor) -> Tensor:
+    return torch.where(log_odds == -sign * torch.inf, 0.0, x)
 
 
 def _entropy(log_p: Tensor) -> Tensor:
@@ -61,14 +144,9 @@ def _entropy(log_p: Tensor) -> Tensor:
     return -(p * torch.where(p == 0, 0.0, log_p)).sum(-1)
 
 
-def _forward_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
-    p = log_p.exp()
-    return (p * torch.where(p == 0, 0.0, log_p - log_q)).sum(-1)
-
-
 def _cross_entropy(student: Tensor, labels: Tensor | None) -> Tensor:
     if labels is None:
         return torch.zeros_like(student[..., 0])
     valid = (labels >= 0) & (labels < student.shape[-1])
-    picked = student.log_softmax(-1).gather(-1, torch.where(valid, labels, 0)[..., None])[..., 0]
+    picked = _log_softmax(student).gather(-1, torch.where(valid, labels, 0)[..., None])[..., 0]
     return torch.where(valid, -picked, torch.nan)

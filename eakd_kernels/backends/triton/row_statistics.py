@@ -7,7 +7,7 @@ programs share a row and leave partial states, which are merged in a fixed order
 import triton
 import triton.language as tl
 
-from ...stats import STATISTICS, STATISTICS_WITH_SLOPES
+from ...stats import STATISTICS, statistics_count
 from . import launch
 from .row_result import finish, slopes
 from .row_state import HARD_OWN, RowState, fold, hard_sum
@@ -113,7 +113,7 @@ def _merged_statistics_kernel(pairs, states, out, tile: tl.constexpr, f: tl.cons
 
 @triton.jit
 def store_statistics(out, rows, row, kept, s, k, label_logit, f: tl.constexpr):
-    """In the order of eakd_kernels.stats.STATISTICS_WITH_SLOPES."""
+    """In the order of eakd_kernels.stats: STATISTICS, SLOPES."""
     store_fields(out, 0, rows, row, kept, finish(s, k, label_logit, f))
     store_fields(out, FIRST_SAVED, rows, row, kept, (s.My, s.Mz, s.B0, s.D0, s.E0, hard_sum(s, f)))
     if f.SLOPES:
@@ -122,8 +122,7 @@ def store_statistics(out, rows, row, kept, s, k, label_logit, f: tl.constexpr):
 
 def row_statistics(rows, temperature_slopes):
     plan = launch.Plan(rows, "statistics", hard=rows.labels is not None, slopes=temperature_slopes)
-    fields = STATISTICS_WITH_SLOPES if temperature_slopes else STATISTICS
-    out = plan.new_empty(len(fields), *rows.student_logits.shape[:-1])
+    out = plan.new_empty(statistics_count(None, temperature_slopes), *rows.student_logits.shape[:-1])
     if plan.splits == 1:
         plan.run(_statistics_kernel, out)
     else:

@@ -1,0 +1,128 @@
+// What every column adds to a divergence, and its derivative: the one place to add a divergence for C++ and CUDA. The
+// Python twin, differentiated by PyTorch, is eakd_kernels/divergences.py; Triton's is backends/triton/divergence.py.
+//
+// A divergence is D = sum_j f(p_j, q_j), p the teacher, q the student. With h_j = df/d(log q_j) its gradient in the
+// student's exponents is h_j - q_j sum_k h_k. All formulas but AlphaBeta's are homogeneous of degree 1 in (p, q), so
+// that df/d(log p_j) = degree f - h_j needs no formula of its own.
+#pragma once
+
+#include "row_state.h"
+
+namespace eakd {
+
+enum Divergence : int {
+  kKL,  // first KL(p || q) + second KL(q || p)
+  kJSD,
+  kSkewForwardKL,
+  kSkewReverseKL,
+  kTotalVariation,
+  kAlphaBeta,
+  kDecoupled = 16,  // first TCKD + second NCKD (recipe.h); its columns are those of KL(p || q) without the label
+};
+
+namespace {
+
+// One column: probabilities, their base-2 logarithms, and delta = ln p - ln q. V is float, double, or a vector of them.
+template <typename V>
+struct Column {
+  V p, q, log2_p, log2_q, delta;
+};
+
+template <typename V>
+struct Terms {
+  V f, h;
+};
+
+// mass * x, and 0 where there is no mass, whatever x is.
+template <typename V>
+EAKD_HD V times(V mass, V x) {
+  return mass > 0 ? mass * x : V{};
+}
+
+// m = w p + (1 - w) q in log space, from the smaller of p/q and q/p: log p - log m, log q - log m, and q/m.
+template <typename V>
+struct Mixture {
+  V p_over_m, q_over_m, q_share;
+
+  template <typename Math>
+  static EAKD_HD Mixture of(const Column<V>& c, V w) {
+    typedef typename Math::Scalar T;
+    const auto larger_p = c.delta > T(0);
+    const V magnitude = larger_p ? c.delta : -c.delta;
+    const V ratio = Math::exp2(magnitude * T(-kLog2E));
+    const V x = larger_p ? w + (T(1) - w) * ratio : w * ratio + (T(1) - w);  // m over the larger
+    const V log_x = Math::ln(x);
+    return {larger_p ? -log_x : c.delta - log_x, larger_p ? -c.delta - log_x : -log_x, (larger_p ? ratio : V{} + 1) / x};
+  }
+};
+
+// (p^x - q^x)/x, which is delta at x = 0: by the larger of the two and 1 - 2^(a negative power), so that nothing
+// cancels where p and q are close or x is small.
+template <typename Math, typename V, typename T>
+EAKD_HD V power_difference(const Column<V>& c, T x) {
+  if (x == 0) return c.delta;
+  const V u = c.log2_p * x, v = c.log2_q * x;
+  const V larger = u > v ? u : v;
+  const T size = x < 0 ? -x : x;
+  const auto larger_p = c.delta > T(0);
+  const V magnitude = larger_p ? c.delta : -c.delta;
+  const V value = Math::exp2(larger) * -Math::exp2m1(magnitude * (size * T(-kLog2E))) / size;
+  return larger_p ? value : -value;
+}
+
+// first, second: the divergence's parameters.
+template <int KIND, typename Math, typename V, typename T>
+EAKD_HD Terms<V> terms(const Column<V>& c, T first, T second) {
+  if constexpr (KIND == kKL) {
+    const V forward = first == 0 ? V{} : times(c.p, c.delta), reverse = second == 0 ? V{} : times(c.q, -c.delta);
+    return {first * forward + second * reverse, second * (c.q + reverse) - first * c.p};
+  } else if constexpr (KIND == kJSD) {
+    const auto m = Mixture<V>::template of<Math>(c, V{} + first);
+    const V h = (1 - first) * times(c.q, m.q_over_m);
+    return {first * times(c.p, m.p_over_m) + h, h};
+  } else if constexpr (KIND == kSkewForwardKL) {
+    const auto m = Mixture<V>::template of<Math>(c, V{} + first);
+    return {times(c.p, m.p_over_m), (first - 1) * times(c.p, m.q_share)};
+  } else if constexpr (KIND == kSkewReverseKL) {
+    const auto m = Mixture<V>::template of<Math>(c, V{} + (1 - first));
+    const V f = times(c.q, m.q_over_m);
+    return {f, f + c.q - first * times(c.q, m.q_share)};
+  } else if constexpr (KIND == kTotalVariation) {
+    const V difference = T(0.5) * (c.p - c.q);
+    const V half = T(0.5) * c.q;
+    return {difference > 0 ? difference : -difference, c.delta > T(0) ? -half : (c.delta < T(0) ? half : V{})};
+  } else {
+    static_assert(KIND == kAlphaBeta, "a divergence without a formula");
+    // f = ((p^s - q^s)/s - q^b (p^a - q^a)/a)/b with s = a + b, and its limits; h = -q^b (p^a - q^a)/a
+    const V from_a = power_difference<Math>(c, first);
+    if (second == 0) {
+      const V f = first == 0 ? T(0.5) * c.delta * c.delta : (times(Math::exp2(first * c.log2_p), c.delta) - from_a) / first;
+      return {f, -from_a};
+    }
+    const V h = -times(Math::exp2(second * c.log2_q), from_a);
+    return {(power_difference<Math>(c, first + second) + h) / second, h};
+  }
+}
+
+// visit(std::integral_constant<int, KIND>): `kind` as a constant.
+template <int KIND>
+struct Kind {
+  static constexpr int value = KIND;
+};
+
+template <typename Visit>
+EAKD_HD void with_kind(int kind, Visit&& visit) {
+  switch (kind) {
+    case kJSD: return visit(Kind<kJSD>());
+    case kSkewForwardKL: return visit(Kind<kSkewForwardKL>());
+    case kSkewReverseKL: return visit(Kind<kSkewReverseKL>());
+    case kTotalVariation: return visit(Kind<kTotalVariation>());
+    case kAlphaBeta: return visit(Kind<kAlphaBeta>());
+    default: return visit(Kind<kKL>());
+  }
+}
+
+EAKD_HD double degree(int kind, double first, double second) { return kind == kAlphaBeta ? first + second : 1; }
+
+}  // namespace
+}  // namespace eakd
