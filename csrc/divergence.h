@@ -36,7 +36,7 @@ struct Terms {
 // mass * x, and 0 where there is no mass, whatever x is.
 template <typename V>
 EAKD_HD V times(V mass, V x) {
-  return mass > 0 ? mass * x : V{};
+  return mass == 0 ? V{} : mass * x;  // NaN stays
 }
 
 // m = w p + (1 - w) q in log space, from the smaller of p/q and q/p: log p - log m, log q - log m, and q/m.

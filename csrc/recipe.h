@@ -129,7 +129,8 @@ struct TauSums {
 // A row after its sweeps.
 template <typename T>
 struct RecipeSums {
-  T My, Mz, rest_My, rest_Mz;            // maxima of x over all columns, and over those of the divergence
+  // maxima of x over all columns, and over those of the divergence
+  T My = T(-INFINITY), Mz = T(-INFINITY), rest_My = T(-INFINITY), rest_Mz = T(-INFINITY);
   T A0 = 0, A1 = 0, E0 = 0, E1 = 0, F0 = 0;  // as in row_state.h, about My and Mz
   T E2 = 0;                              // S e^2 2^e, where entropies are standardised
   Moments<T> student, teacher;
@@ -168,6 +169,27 @@ EAKD_HD T mass_times(T mass, T x) {
 template <typename T>
 EAKD_HD T kl_of_sums(T mass, T first_moment, T other) {
   return mass == 0 ? T(0) * other : other == 0 ? T(INFINITY) * mass : T(kLn2) * (first_moment / mass) + ln(other / mass);
+}
+
+// A column that was not in the sums of one side, about `centre`, the maximum of those that were: afterwards they are about
+// the larger of the two. second, hard: S e^2 2^e and the sum at temperature 1, where there are such.
+template <typename T>
+EAKD_HD void add_column(T centre, T x, T k, T* sum, T* first, T* second = nullptr, T* hard = nullptr) {
+  if (x == T(-INFINITY)) return;
+  T at = 0;
+  if (x > centre || centre == T(-INFINITY)) {
+    // 2^step = 0 meets sums times the step, which must stay finite.
+    const T step = exponent_step(centre == T(-INFINITY) ? T(0) : (centre - x) * k), factor = pow2(step);
+    if (second != nullptr) *second = factor * (*second + step * (2 * *first + step * *sum));
+    *first = factor * (*first + step * *sum), *sum *= factor;
+    if (hard != nullptr) *hard *= centre == T(-INFINITY) ? T(0) : pow2((centre - x) * T(kLog2E));
+  } else {
+    at = exponent_step((x - centre) * k);
+  }
+  const T e = pow2(at);
+  *sum += e, *first += e * at;
+  if (second != nullptr) *second += e * at * at;
+  if (hard != nullptr) *hard += x > centre || centre == T(-INFINITY) ? T(1) : pow2((x - centre) * T(kLog2E));
 }
 
 template <typename T>

@@ -174,7 +174,7 @@ class _MeanOfSequence(Function):
             torch.segment_reduce(terms, "sum", offsets=offsets, initial=0, unsafe=True)
             for terms in (kept, keep.double())
         )
-        return torch.where(keep, (total / count.clamp(min=1))[sequence], 0.0).to(weights.dtype)
+        return torch.where(keep, (total / count)[sequence], 0.0).to(weights.dtype)
 
     @staticmethod
     def backward(ctx, gradient):

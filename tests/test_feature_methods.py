@@ -122,11 +122,11 @@ def test_fcfd(backend):
         torch.testing.assert_close(gradient, each.detach())
 
 
-def test_fcfd_weights_belong_to_their_samples():
+def test_fcfd_weights_belong_to_their_samples(backend):
     """The first published version multiplied [B, D] by [B, 1, 1, 1]: mean times mean, whichever weight is whose."""
-    student, teacher = make_logits(6, 100, dtype=torch.float64)
+    student, teacher = make_logits(6, 100, dtype=widest(backend))
     teacher = teacher * torch.arange(1.0, 7.0)[:, None]  # ever more certain
-    weights = ea_weights(student, teacher, entropy_temperature=4.0, weighting="teacher")
+    weights = ea_weights(student, teacher, entropy_temperature=4.0, weighting="teacher", backend=backend)
     for fs, ft in zip(*fcfd_features(), strict=True):
         loss = appearance([fs], [ft], weights)
         outer = weights.mean() * per_sample(fs, ft).mean()

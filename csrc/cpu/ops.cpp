@@ -6,6 +6,7 @@
 #include <tuple>
 
 #include "../operators.h"
+#include "recipe_rows.h"
 #include "rows.h"
 
 namespace eakd {
@@ -42,10 +43,13 @@ struct Rows {
   RowJob job;
   const double* row_temperatures = nullptr;
   double tau, t;
+  std::optional<Recipe> recipe;
+  Tensor class_bias;
   std::vector<int64_t> leading;
 
   Rows(const Tensor& student_, const Tensor& teacher_, const OptionalTensor& labels_, const OptionalTensor& keep_,
-       const OptionalTensor& temperatures_, double temperature, double entropy_temperature, int64_t vocab_size)
+       const OptionalTensor& temperatures_, double temperature, double entropy_temperature, int64_t vocab_size,
+       at::ArrayRef<double> recipe_, const OptionalTensor& class_bias_)
       : student(student_), teacher(teacher_), tau(temperature), t(entropy_temperature) {
     check_rows(student, teacher, vocab_size);
     leading = student.sizes().slice(0, student.dim() - 1).vec();
@@ -56,6 +60,18 @@ struct Rows {
     job.labels = per_row<int64_t>(labels_, at::kLong, labels);
     job.keep = per_row<bool>(keep_, at::kBool, keep);
     row_temperatures = per_row<double>(temperatures_, at::kDouble, temperature_values);
+    if (recipe_.empty()) return;
+    TORCH_CHECK(recipe_.size() >= 10 && recipe_.size() <= 8 + 2 * kMostTemperatures, "a recipe of ", recipe_.size(),
+                " numbers is none");
+    recipe = Recipe::parse(recipe_);
+    if (class_bias_.has_value()) class_bias = class_bias_->to(at::kDouble).contiguous();
+  }
+
+  RecipeJob recipe_job(const RowTemperatures& temperatures, bool slopes) const {
+    RecipeJob made{job, temperatures, *recipe, t};
+    made.slopes = slopes, made.per_row = row_temperatures != nullptr;
+    if (class_bias.defined()) made.class_bias = class_bias.const_data_ptr<double>();
+    return made;
   }
 
   RowTemperatures temperatures() const { return RowTemperatures(row_temperatures, tau, t); }
@@ -145,14 +161,53 @@ void compute_statistics(const Rows& rows, T* out) {
   });
 }
 
+// visit(row, the thread's RecipeRow with it loaded) for every row kept.
+template <typename T, typename Visit>
+void visit_recipe_rows(const RecipeJob& job, const Visit& visit) {
+  at::parallel_for(0, job.rows.rows, row_grain(job.rows), [&](int64_t begin, int64_t end) {
+    const FlushSubnormals flush;
+    RecipeRow<T> loaded(job);
+    for (int64_t row = begin; row < end; ++row) {
+      if (!job.rows.kept(row)) continue;
+      loaded.load(row);
+      visit(row, loaded);
+    }
+  });
+}
+
+template <typename T>
+void compute_recipe_statistics(const Rows& rows, bool slopes, T* out) {
+  const RowTemperatures temperatures = rows.temperatures();
+  const RecipeJob job = rows.recipe_job(temperatures, slopes);
+  visit_recipe_rows<T>(job, [&](int64_t row, RecipeRow<T>& loaded) {
+    const RecipeNumbers<double> numbers = loaded.statistics();
+    int field = 0;
+    const auto put = [&](double value) { out[field++ * rows.job.rows + row] = T(value); };
+    for (const double value : numbers.common)
+      put(value);
+    for (int k = 0; k < job.recipe.count; ++k)
+      for (const double value : numbers.tau[k])
+        put(value);
+    if (slopes) put(numbers.divergence_slope), put(numbers.student_lse_slope);
+  });
+}
+
 Tensor row_statistics(EAKD_ROW_PARAMETERS, bool temperature_slopes) {
   Rows rows(EAKD_ROW_ARGUMENTS);
   rows.job.temperature_slopes = temperature_slopes;
-  Tensor out = rows.new_statistics(temperature_slopes ? kNumStatisticsWithSlopes : kNumStatistics);
+  const int plain = temperature_slopes ? kNumStatisticsWithSlopes : kNumStatistics;
+  Tensor out = rows.new_statistics(rows.recipe ? rows.recipe->fields(temperature_slopes) : plain);
+  const auto run = [&](auto zero) {
+    using T = decltype(zero);
+    if (rows.recipe)
+      compute_recipe_statistics(rows, temperature_slopes, out.data_ptr<T>());
+    else
+      compute_statistics(rows, out.data_ptr<T>());
+  };
   if (rows.is_double())
-    compute_statistics(rows, out.data_ptr<double>());
+    run(double());
   else
-    compute_statistics(rows, out.data_ptr<float>());
+    run(float());
   return out;
 }
 
@@ -171,6 +226,25 @@ void compute_gradient(const Rows& rows, const T* statistics, const T* const upst
   });
 }
 
+template <typename T>
+void compute_recipe_gradient(const Rows& rows, const T* statistics, const T* const upstream[4]) {
+  const RowTemperatures temperatures = rows.temperatures();
+  const RecipeJob job = rows.recipe_job(temperatures, false);
+  write_zeros(rows.job);
+  visit_recipe_rows<T>(job, [&](int64_t row, RecipeRow<T>& loaded) {
+    RecipeNumbers<double> numbers;
+    int field = 0;
+    const auto next = [&] { return double(statistics[field++ * rows.job.rows + row]); };
+    for (double& value : numbers.common)
+      value = next();
+    for (int k = 0; k < job.recipe.count; ++k)
+      for (double& value : numbers.tau[k])
+        value = next();
+    const auto g = [&](int i) { return upstream[i] == nullptr ? 0.0 : double(upstream[i][row]); };
+    loaded.write_gradient(numbers.common, numbers.tau, {g(0), g(1), g(2), g(3)});
+  });
+}
+
 void row_gradient(EAKD_ROW_PARAMETERS, const Tensor& statistics, EAKD_UPSTREAM_PARAMETERS, const Tensor& gradient) {
   Rows rows(EAKD_ROW_ARGUMENTS);
   rows.set_gradient(gradient);
@@ -182,7 +256,10 @@ void row_gradient(EAKD_ROW_PARAMETERS, const Tensor& statistics, EAKD_UPSTREAM_P
     for (int i = 0; i < 4; ++i)
       upstream[i] = rows.per_row<T>(*given[i], rows.options().dtype().toScalarType(), holders[i]);
     const Tensor saved = statistics.contiguous();
-    compute_gradient<T>(rows, saved.const_data_ptr<T>(), upstream);
+    if (rows.recipe)
+      compute_recipe_gradient<T>(rows, saved.const_data_ptr<T>(), upstream);
+    else
+      compute_gradient<T>(rows, saved.const_data_ptr<T>(), upstream);
   };
   if (rows.is_double())
     run(double());
@@ -193,7 +270,7 @@ void row_gradient(EAKD_ROW_PARAMETERS, const Tensor& statistics, EAKD_UPSTREAM_P
 // ---- one pass ----------------------------------------------------------------------------------------------------
 
 template <typename T>
-double compute_loss(const Rows& rows, const LossRule& rule, const T* weights, double scale, T* out) {
+void compute_loss(const Rows& rows, const LossRule& rule, const T* weights, double scale, T* out) {
   const RowJob& job = rows.job;
   const RowTemperatures temperatures = rows.temperatures();
   write_gradient_in_one_pass<T>(job, temperatures, [&](int64_t row, const RowState<double>& s) {
@@ -204,9 +281,32 @@ double compute_loss(const Rows& rows, const LossRule& rule, const T* weights, do
     return gradient_basis<double>(s.My, s.Mz, s.B0, s.D0, s.E0, s.F0, r.student_entropy, k,
                                   loss.divergence_factor * scale, 0, 0, rule.ce_weight * scale);
   });
+}
+
+// A recipe's row loss and the factors of its gradient are those of row_state.h, with its own statistics in them.
+template <typename T>
+void compute_recipe_loss(const Rows& rows, const LossRule& rule, const T* weights, double scale, T* out) {
+  const RowTemperatures temperatures = rows.temperatures();
+  const RecipeJob job = rows.recipe_job(temperatures, false);
+  write_zeros(rows.job);
+  visit_recipe_rows<T>(job, [&](int64_t row, RecipeRow<T>& loaded) {
+    const RecipeNumbers<double> numbers = loaded.statistics();
+    for (int field = 0; field < 6; ++field)
+      out[field * rows.job.rows + row] = T(numbers.common[field]);
+    const double* c = numbers.common;
+    const RowResult<double> r = {c[0], c[1], c[2], c[3], c[4], c[5], 0, 0};
+    const RowLoss<double> loss =
+        row_loss(r, temperatures.at(row), rule, weights == nullptr ? 1.0 : double(weights[row]));
+    out[kWeight * rows.job.rows + row] = loss.weight, out[kLoss * rows.job.rows + row] = loss.loss;
+    loaded.write_gradient(c, numbers.tau, {loss.divergence_factor * scale, 0, 0, rule.ce_weight * scale});
+  });
+}
+
+template <typename T>
+double total_loss(const Rows& rows, double scale, const T* out) {
   double total = 0;  // in row order, so that the sum does not depend on the threads
-  for (int64_t row = 0; row < job.rows; ++row)
-    total += out[kLoss * job.rows + row];
+  for (int64_t row = 0; row < rows.job.rows; ++row)
+    total += out[kLoss * rows.job.rows + row];
   return total * scale;
 }
 
@@ -220,7 +320,12 @@ std::tuple<Tensor, Tensor> one_pass(EAKD_ROW_PARAMETERS, EAKD_RULE_PARAMETERS, c
   const auto run = [&](auto zero) {
     using T = decltype(zero);
     const T* given = rows.per_row<T>(weights, rows.options().dtype().toScalarType(), holder);
-    *loss.data_ptr<T>() = T(compute_loss<T>(rows, rule, given, scale, out.data_ptr<T>()));
+    T* const fields = out.data_ptr<T>();
+    if (rows.recipe)
+      compute_recipe_loss<T>(rows, rule, given, scale, fields);
+    else
+      compute_loss<T>(rows, rule, given, scale, fields);
+    *loss.data_ptr<T>() = T(total_loss(rows, scale, fields));
   };
   if (rows.is_double())
     run(double());

@@ -77,6 +77,8 @@ struct KernelTables {
   const char* name;
   const void* fp32;  // RowKernels<float>
   const void* fp64;  // RowKernels<double>
+  const void* recipe_fp32;  // RecipeKernels<float>
+  const void* recipe_fp64;  // RecipeKernels<double>
 };
 KernelTables kernels_default();
 KernelTables kernels_avx2();

@@ -136,12 +136,12 @@ inline V raise_to(V x, T floor) {
 
 // 2^x for floor <= x < 128; 0 at the floor, NaN for NaN. x = n + f with an integer n and |f| <= 1/2, and a minimax
 // polynomial of degree 6 for 2^f, 2e-9 before rounding.
-inline VecF exp2_polynomial(VecF f) {
+inline VecF exp2_polynomial(VecF f, float one = 1.0f) {
   // Estrin's order: half the latency of Horner's, which is what bounds the loops around it.
   const VecF f2 = f * f;
   const VecF high = f2 * 1.53458122e-4f + (f * 1.33999312e-3f + 9.61848896e-3f);
   const VecF middle = f * 5.55032878e-2f + 2.40226469e-1f;
-  return f2 * (f2 * high + middle) + (f * 6.93147206e-1f + 1.0f);
+  return f2 * (f2 * high + middle) + (f * 6.93147206e-1f + one);
 }
 #if EAKD_HAS_SCALEF
 inline VecF exp2_from_floor(VecF x) {
@@ -167,6 +167,66 @@ inline VecD exp2_from_floor(VecD x) {
 template <typename T>
 inline Vec<T> exp2_any(Vec<T> x) {
   return exp2_from_floor(raise_to(x, kExp2Floor<T>));
+}
+
+// For column formulas (../divergence.h), on any argument.
+template <typename T>
+struct VectorMath;
+
+template <>
+struct VectorMath<float> {
+  typedef float Scalar;
+  static VecF exp2(VecF x) {
+    x = x > 128.0f ? VecF{} + 128.0f : x;  // +inf from there on; NaN stays
+    return exp2_any<float>(x);
+  }
+  // 2^x - 1 for x <= 0, exact where that is small.
+  static VecF exp2m1(VecF x) {
+    x = raise_to(x, -126.0f);
+    const float magic = 12582912.0f;  // as in exp2_from_floor
+    const VecF rounded = x + magic, n = rounded - magic;
+    const VecF power = bits<VecF>((bits<VecU>(rounded) << 23) + 0x3f800000u);
+    return power * exp2_polynomial(x - n, 0.0f) + (power - 1.0f);
+  }
+  // For x > 0 that is normal: x = 2^e m, m within sqrt(2) of 1, and ln m = 2 atanh((m - 1)/(m + 1)).
+  static VecF ln(VecF x) {
+    const VecU raw = bits<VecU>(x) - 0x3f3504f3u;
+    const VecF e = __builtin_convertvector(bits<VecI>(raw) >> 23, VecF);
+    const VecF m = bits<VecF>((raw & 0x7fffffu) + 0x3f3504f3u);
+    const VecF s = (m - 1.0f) / (m + 1.0f), s2 = s * s;
+    const VecF series = s2 * (s2 * (s2 * 1.42857143e-1f + 2.0e-1f) + 3.33333333e-1f);
+    const VecF value = 2.0f * (s * series + s) + e * 6.93147182e-1f;
+    return x == x ? value : x;
+  }
+};
+
+template <>
+struct VectorMath<double> {
+  typedef double Scalar;
+  template <typename F>
+  static VecD each(VecD x, F&& f) {
+    for (int i = 0; i < kLanes; ++i)
+      x[i] = f(x[i]);
+    return x;
+  }
+  static VecD exp2(VecD x) {
+    return each(x, [](double v) { return __builtin_exp2(v); });
+  }
+  static VecD exp2m1(VecD x) {
+    return each(x, [](double v) { return __builtin_expm1(v * 0.6931471805599453); });
+  }
+  static VecD ln(VecD x) {
+    return each(x, [](double v) { return __builtin_log(v); });
+  }
+};
+
+// tanh, from the side where nothing cancels; NaN stays.
+template <typename T>
+inline Vec<T> tanh_any(Vec<T> x) {
+  const Vec<T> magnitude = x < T(0) ? -x : x;
+  const Vec<T> less = VectorMath<T>::exp2m1(magnitude * T(-2 * 1.4426950408889634));  // e^(-2|x|) - 1
+  const Vec<T> value = -less / (less + T(2));
+  return x < T(0) ? -value : value;
 }
 
 // v^N for the small N of a temperature ratio.

@@ -1,0 +1,63 @@
+// What recipe_rows.h asks of the kernels of one instruction set (recipe_kernels_impl.h): loops over a block of columns
+// that lie as the arithmetic type T in the first-level cache, padded with -inf to whole vectors.
+#pragma once
+
+#include "../recipe.h"
+#include "row_kernels.h"
+
+namespace eakd {
+namespace {
+
+// S 2^e, S e 2^e, S e^2 2^e of one side.
+struct SideSums {
+  double sum = 0, first = 0, second = 0;
+};
+
+// A block of both sides at one temperature.
+template <typename T>
+struct RecipeBlock {
+  const T *y, *z;    // logits
+  const T *eb, *ed;  // 2^b, 2^d
+  const T* bias;     // log2 of the class weights; null: none
+  int64_t n;         // whole vectors
+  T my, mz;          // centres
+  T k_y, k_z;        // log2(e)/tau of the sides
+};
+
+// The normalisers of a row at one temperature.
+template <typename T>
+struct Normalisers {
+  T inverse_B0, inverse_D0;  // 0 where there is no mass
+  T log2_B0, log2_D0;
+};
+
+// What finish_gradient makes of the gradient in u; recipe.h, RecipeBasis.
+template <typename T>
+struct OwnGradient {
+  RecipeBasis<T> basis;
+  T mz, k_t;         // of the entropy's exponents and of the hard ones
+  T scale, cap;      // of the student's logits; cap 0: none
+};
+
+template <typename T>
+struct RecipeKernels {
+  // Scaled and capped columns of a row from `column` on, padded; returns their maximum.
+  T (*load)(const LogitsView&, const char* row, int64_t column, int64_t n, T scale, T cap, T* to);
+  Moments<double> (*moments)(const T* x, int64_t n);
+  // 2^((x - centre) k)
+  void (*exponentials)(const T* x, int64_t n, T centre, T k, T* out);
+  // u^power, times the class weights if there are any
+  void (*raise)(const T* u, int64_t n, int power, const T* weights, T* out);
+  // e: 2^((x - centre) k)
+  SideSums (*side_sums)(const T* x, const T* e, int64_t n, T centre, T k, bool second);
+  double (*sum)(const T* e, int64_t n);
+  void (*kl_sums)(TauSums<double>&, const RecipeBlock<T>&, bool forward, bool reverse);
+  void (*values)(TauSums<double>&, const RecipeBlock<T>&, const Normalisers<T>&, const Recipe&, bool pulls);
+  // g += c h_j + q q_j
+  void (*add_gradient)(T* g, const RecipeBlock<T>&, const Normalisers<T>&, const Recipe&, T c, T q);
+  void (*finish_gradient)(T* g, const T* z, int64_t n, const OwnGradient<T>&);
+  void (*store)(const LogitsView&, char* row, int64_t column, int64_t n, const T* from);
+};
+
+}  // namespace
+}  // namespace eakd

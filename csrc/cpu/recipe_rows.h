@@ -1,0 +1,331 @@
+// Rows with a recipe (../recipe.h): a thread loads a row pair into its caches as the arithmetic type and goes over it
+// block by block, once for each sweep.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <optional>
+
+#include "recipe_kernels.h"
+#include "rows.h"
+
+namespace eakd {
+namespace {
+
+// Divides by every number of lanes; four arrays of it fit the first-level cache.
+constexpr int64_t kRecipeBlock = 2048;
+constexpr int kMostPower = 6;
+
+template <typename T>
+const RecipeKernels<T>& recipe_kernels_of() {
+  const KernelTables& tables = cpu_kernels();
+  return *static_cast<const RecipeKernels<T>*>(sizeof(T) == 8 ? tables.recipe_fp64 : tables.recipe_fp32);
+}
+
+// Temperatures as integer fractions of few: 2^(x/tau) is a power of 2^(x/base), base = power tau. One exponential
+// serves 2, 3, 4 and 6 (base 12). A power of 6 multiplies rounding errors by 6, which sums average out.
+struct SharedBases {
+  int count = 0;
+  double base[kMostTemperatures + 1];
+  int of[kMostTemperatures + 1], power[kMostTemperatures + 1];
+
+  SharedBases() = default;
+  SharedBases(const double* temperatures, int n) {
+    bool found[kMostTemperatures + 1] = {};
+    for (int left = n; left > 0; ++count) {
+      int most = 0;
+      for (int factor = 1; factor <= 4; ++factor)
+        for (int i = 0; i < n; ++i) {
+          if (found[i]) continue;
+          int served = 0;
+          for (int j = 0; j < n; ++j)
+            served += !found[j] && power_of(factor * temperatures[i], temperatures[j]) > 0;
+          if (served > most) most = served, base[count] = factor * temperatures[i];
+        }
+      for (int j = 0; j < n; ++j) {
+        const int p = power_of(base[count], temperatures[j]);
+        if (!found[j] && p > 0) found[j] = true, of[j] = count, power[j] = p, --left;
+      }
+    }
+  }
+
+ private:
+  static int power_of(double base, double temperature) {
+    const double ratio = base / temperature, nearest = std::nearbyint(ratio);
+    return nearest >= 1 && nearest <= kMostPower && std::abs(ratio - nearest) < 1e-12 ? static_cast<int>(nearest) : 0;
+  }
+};
+
+// What all rows have in common.
+struct RecipeJob {
+  const RowJob& rows;
+  const RowTemperatures& temperatures;
+  Recipe recipe;
+  double t;
+  bool slopes = false;
+  bool per_row = false;                 // a temperature for every row in the place of the recipe's one
+  const double* class_bias = nullptr;  // [vocab_size], nats
+
+  bool pulls() const { return slopes || recipe.standardize != kNoStandardize; }
+};
+
+enum Side : int { kTeacher, kStudent };
+
+// One thread's row.
+template <typename T>
+class RecipeRow {
+ public:
+  explicit RecipeRow(const RecipeJob& job)
+      : job_(job), recipe_(job.recipe), kernels_(recipe_kernels_of<T>()), columns_(job.rows.vocab_size) {
+    const int64_t blocks = (columns_ + kRecipeBlock - 1) / kRecipeBlock;
+    const int64_t row = blocks * kRecipeBlock + kPadding, bias = job.class_bias == nullptr ? 0 : 2 * row;
+    const int64_t kept = keeps() ? 2 * (recipe_.count + 1) * row : 0;
+    static thread_local std::vector<T> room;
+    const int64_t needed = 2 * row + kept + bias + kScratches * (kRecipeBlock + kPadding);
+    if (int64_t(room.size()) < needed) room.resize(needed);
+    T* p = room.data();
+    for (T*& side : x_)
+      side = p, p += row;
+    for (T*& scratch : scratch_)
+      scratch = p, p += kRecipeBlock + kPadding;
+    if (bias > 0) set_class_bias(p, row), p += bias;
+    kept_ = p, row_room_ = row;
+    if (!job.per_row) set_temperatures(0);
+  }
+
+  // Reads a row pair: maxima, and mean and deviation where logits are standardised.
+  void load(int64_t row) {
+    if (job_.per_row) set_temperatures(row);
+    pair_.emplace(job_.rows, row);
+    sums_ = RecipeSums<double>();
+    filled_ = false;
+    const bool apart = recipe_.decoupled() && pair_->label >= 0 && pair_->label < columns_;
+    labelled_ = pair_->label >= 0 && pair_->label < columns_;
+    load_side(kTeacher, job_.rows.teacher, pair_->teacher, recipe_.teacher_scale, recipe_.teacher_cap, apart);
+    load_side(kStudent, job_.rows.student, pair_->student, recipe_.student_scale, recipe_.student_cap, apart);
+    set_scales(sums_.teacher.deviation(), sums_.student.deviation());
+  }
+
+  RecipeNumbers<double> statistics() {
+    sum_up();
+    const bool values = recipe_.wants_values(job_.pulls());
+    if (values) add_values();
+    const LabelColumn<double> label = this->label();
+    const bool has_label = job_.rows.labels != nullptr;
+    if (recipe_.decoupled()) add_label_to_sides();
+    return recipe_numbers(recipe_, taus_, job_.t, scales_[kTeacher], scales_[kStudent], sums_,
+                          has_label ? &label : nullptr, values);
+  }
+
+  // The gradient of the loaded row from its numbers, wherever they come from.
+  void write_gradient(const double* common, const double (*tau)[kNumTauFields], const RowUpstream<double>& upstream) {
+    sums_.rest_My = common[kRestTeacherMax], sums_.rest_Mz = common[kRestStudentMax];
+    RecipeBasis<double> basis = recipe_basis(recipe_, common, tau, taus_, job_.t, upstream);
+    TauBasis<double> bases[kMostTemperatures];
+    double at_label = 0;
+    for (int k = 0; k < recipe_.count; ++k) {
+      bases[k] = tau_basis(recipe_, k, taus_[k], tau[k], odds(k, tau[k]), upstream);
+      at_label += bases[k].label;
+    }
+    const OwnGradient<double> own = {basis, about(common[kRecipeStudentMax]), scales_[kStudent].t,
+                                     recipe_.student_scale, recipe_.student_cap};
+    for (int64_t begin = (columns_ - 1) / kRecipeBlock * kRecipeBlock; begin >= 0; begin -= kRecipeBlock)
+      write_block(begin, bases, tau, own, at_label);
+  }
+
+ private:
+  static constexpr int64_t kPadding = 64;
+  enum Scratch { kRaisedTeacher, kRaisedStudent, kBaseTeacher, kBaseStudent, kGradient, kScratches };
+
+  // A few megabytes a thread; beyond, exponentials are computed again in every sweep.
+  bool keeps() const { return columns_ * (recipe_.count + 1) <= 4 * kMaxKeptColumns; }
+  int64_t block_columns(int64_t begin) const { return std::min(kRecipeBlock, columns_ - begin); }
+  static int64_t whole_vectors(int64_t n) { return (n + 15) / 16 * 16; }
+  double rest_max(Side side) const { return about(side == kTeacher ? sums_.rest_My : sums_.rest_Mz); }
+
+  void set_class_bias(T* to, int64_t row) {
+    bias_ = to, weights_ = to + row;
+    for (int64_t j = 0; j < row; ++j) {
+      const double bias = j < columns_ ? job_.class_bias[j] : 0;
+      bias_[j] = T(bias * kLog2E), weights_[j] = T(std::exp(bias));
+    }
+  }
+
+  void set_temperatures(int64_t row) {
+    double all[kMostTemperatures + 1];
+    for (int k = 0; k < recipe_.count; ++k)
+      all[k] = taus_[k] = job_.per_row ? job_.temperatures.at(row).tau : recipe_.tau[k];
+    // The entropies' exponents are powers of the same numbers only where they see the same logits.
+    const bool shares_entropies = recipe_.standardize != kStandardizeDivergence;
+    all[recipe_.count] = job_.t;
+    bases_ = SharedBases(all, recipe_.count + shares_entropies);
+    if (!shares_entropies) {
+      bases_.base[bases_.count] = job_.t;
+      bases_.of[recipe_.count] = bases_.count++, bases_.power[recipe_.count] = 1;
+    }
+  }
+
+  void load_side(Side side, const LogitsView& view, const char* row, double scale, double cap, bool apart) {
+    T* x = x_[side];
+    const int64_t label = pair_->label;
+    double all = -INFINITY, rest = -INFINITY;
+    Moments<double>& moments = side == kTeacher ? sums_.teacher : sums_.student;
+    for (int64_t begin = 0; begin < columns_; begin += kRecipeBlock) {
+      const int64_t n = block_columns(begin);
+      double largest = kernels_.load(view, row, begin, n, T(scale), T(cap), x + begin);
+      if (recipe_.standardize != kNoStandardize) moments.merge(kernels_.moments(x + begin, whole_vectors(n)));
+      all = std::max(all, largest);
+      if (label >= begin && label < begin + n) {
+        label_[side] = x[label];
+        if (apart) x[label] = -INFINITY, largest = *std::max_element(x + begin, x + begin + n);
+      }
+      rest = std::max(rest, largest);
+    }
+    (side == kTeacher ? sums_.My : sums_.Mz) = all;
+    (side == kTeacher ? sums_.rest_My : sums_.rest_Mz) = rest;
+  }
+
+  void set_scales(double teacher_deviation, double student_deviation) {
+    inverse_[kTeacher] = inverse_deviation(recipe_, teacher_deviation);
+    inverse_[kStudent] = inverse_deviation(recipe_, student_deviation);
+    for (const Side side : {kTeacher, kStudent})
+      scales_[side] = side_scales(recipe_, taus_, job_.t, inverse_[side]);
+  }
+
+  // ---- exponentials ----------------------------------------------------------------------------------------------
+
+  const T* base_exponentials(Side side, int base, int64_t begin, int64_t n) {
+    T* to = keeps() ? kept_ + (2 * base + side) * row_room_ + begin
+                    : scratch_[side == kTeacher ? kBaseTeacher : kBaseStudent];
+    if (keeps() && filled_) return to;
+    const bool raw = recipe_.standardize == kStandardizeDivergence && base == bases_.of[recipe_.count];
+    const double k = kLog2E / bases_.base[base] * (raw ? 1 : inverse_[side]);
+    kernels_.exponentials(x_[side] + begin, n, T(rest_max(side)), T(k), to);
+    return to;
+  }
+
+  // which: a temperature's number, or recipe_.count for the entropies'.
+  const T* exponentials(Side side, int which, int64_t begin, int64_t n) {
+    const T* base = base_exponentials(side, bases_.of[which], begin, n);
+    const T* weights = side == kTeacher && which < recipe_.count && bias_ != nullptr ? weights_ + begin : nullptr;
+    if (bases_.power[which] == 1 && weights == nullptr) return base;
+    T* to = scratch_[side == kTeacher ? kRaisedTeacher : kRaisedStudent];
+    kernels_.raise(base, n, bases_.power[which], weights, to);
+    return to;
+  }
+
+  RecipeBlock<T> block_at(int k, int64_t begin, int64_t n) {
+    return {x_[kTeacher] + begin,
+            x_[kStudent] + begin,
+            exponentials(kTeacher, k, begin, n),
+            exponentials(kStudent, k, begin, n),
+            bias_ == nullptr ? nullptr : bias_ + begin,
+            n,
+            T(rest_max(kTeacher)),
+            T(rest_max(kStudent)),
+            T(scales_[kTeacher].tau[k]),
+            T(scales_[kStudent].tau[k])};
+  }
+
+  // ---- sums ------------------------------------------------------------------------------------------------------
+
+  void sum_up() {
+    const bool second = recipe_.standardize == kStandardizeAll, kl = recipe_.is_kl();
+    const bool forward = kl && recipe_.first_of_columns() != 0, reverse = kl && recipe_.second_of_columns() != 0;
+    const bool own_hard = job_.rows.labels != nullptr && (job_.t != 1 || second);
+    for (int64_t begin = 0; begin < columns_; begin += kRecipeBlock) {
+      const int64_t n = whole_vectors(block_columns(begin));
+      // One after the other: both sides may use the same scratch.
+      const SideSums a = kernels_.side_sums(x_[kTeacher] + begin, exponentials(kTeacher, recipe_.count, begin, n), n,
+                                            T(rest_max(kTeacher)), T(scales_[kTeacher].t), false);
+      const SideSums e = kernels_.side_sums(x_[kStudent] + begin, exponentials(kStudent, recipe_.count, begin, n), n,
+                                            T(rest_max(kStudent)), T(scales_[kStudent].t), second);
+      sums_.A0 += a.sum, sums_.A1 += a.first, sums_.E0 += e.sum, sums_.E1 += e.first, sums_.E2 += e.second;
+      for (int k = 0; k < recipe_.count; ++k)
+        kernels_.kl_sums(sums_.tau[k], block_at(k, begin, n), forward, reverse);
+      if (own_hard) {
+        T* hard = scratch_[kGradient];
+        kernels_.exponentials(x_[kStudent] + begin, n, T(rest_max(kStudent)), T(kLog2E), hard);
+        sums_.F0 += kernels_.sum(hard, n);
+      }
+    }
+    if (job_.rows.labels != nullptr && !own_hard) sums_.F0 = sums_.E0;
+    filled_ = true;
+  }
+
+  Normalisers<T> normalisers(double B0, double D0) const {
+    return {T(B0 == 0 ? 0 : 1 / B0), T(D0 == 0 ? 0 : 1 / D0), T(B0 == 0 ? 0 : std::log2(B0)),
+            T(D0 == 0 ? 0 : std::log2(D0))};
+  }
+
+  void add_values() {
+    for (int64_t begin = 0; begin < columns_; begin += kRecipeBlock) {
+      const int64_t n = whole_vectors(block_columns(begin));
+      for (int k = 0; k < recipe_.count; ++k) {
+        TauSums<double>& s = sums_.tau[k];
+        kernels_.values(s, block_at(k, begin, n), normalisers(s.B0, s.D0), recipe_, job_.pulls());
+      }
+    }
+  }
+
+  LabelColumn<double> label() const {
+    if (!labelled_) return {NAN, NAN, 0};
+    return {label_[kTeacher], label_[kStudent], bias_ == nullptr ? 0 : job_.class_bias[pair_->label]};
+  }
+
+  void add_label_to_sides() {
+    const LabelColumn<double> c = label();
+    add_column(sums_.rest_My, c.teacher, scales_[kTeacher].t, &sums_.A0, &sums_.A1);
+    add_column(sums_.rest_Mz, c.student, scales_[kStudent].t, &sums_.E0, &sums_.E1, &sums_.E2, &sums_.F0);
+  }
+
+  // ---- gradient --------------------------------------------------------------------------------------------------
+
+  LabelOdds<double> odds(int k, const double* numbers) const {
+    if (!recipe_.decoupled()) return {};
+    const LabelColumn<double> c = label();
+    const double b = (c.teacher - rest_max(kTeacher)) * scales_[kTeacher].tau[k] + c.bias * kLog2E;
+    const double d = (c.student - rest_max(kStudent)) * scales_[kStudent].tau[k];
+    return label_odds(b, d, numbers[kRestTeacherSum], numbers[kRestStudentSum]);
+  }
+
+  void write_block(int64_t begin, const TauBasis<double>* bases, const double (*tau)[kNumTauFields],
+                   const OwnGradient<double>& own, double at_label) {
+    const int64_t columns = block_columns(begin), n = whole_vectors(columns), label = pair_->label - begin;
+    T *g = scratch_[kGradient], *z = x_[kStudent] + begin;
+    std::fill(g, g + n, T(0));
+    for (int k = 0; k < recipe_.count; ++k) {
+      if (bases[k].c == 0 && bases[k].q == 0) continue;
+      kernels_.add_gradient(g, block_at(k, begin, n), normalisers(tau[k][kRestTeacherSum], tau[k][kRestStudentSum]),
+                            recipe_, T(bases[k].c), T(bases[k].q));
+    }
+    const bool here = labelled_ && label >= 0 && label < columns;
+    if (here && recipe_.decoupled()) g[label] = T(at_label), z[label] = T(label_[kStudent]);
+    const RecipeBasis<double>& c = own.basis;
+    const OwnGradient<T> rounded = {{T(c.inverse), T(c.constant), T(c.linear), T(c.mean), T(c.entropy),
+                                     T(c.entropy_shift), T(c.hard), T(c.label)},
+                                    T(own.mz), T(own.k_t), T(own.scale), T(own.cap)};
+    kernels_.finish_gradient(g, z, n, rounded);
+    if (here && own.basis.label != 0) {
+      const double share = own.cap == 0 ? 0 : label_[kStudent] / own.cap;
+      g[label] += T(own.basis.label * own.scale * (1 - share * share));
+    }
+    kernels_.store(job_.rows.gradient, pair_->gradient, begin, columns, g);
+  }
+
+  const RecipeJob& job_;
+  const Recipe& recipe_;
+  const RecipeKernels<T>& kernels_;
+  const int64_t columns_;
+  T *x_[2], *scratch_[kScratches], *kept_, *bias_ = nullptr, *weights_ = nullptr;
+  int64_t row_room_;
+  std::optional<RowPair> pair_;
+  double taus_[kMostTemperatures], inverse_[2], label_[2];
+  SharedBases bases_;
+  SideScales<double> scales_[2];
+  RecipeSums<double> sums_;
+  bool filled_ = false, labelled_ = false;
+};
+
+}  // namespace
+}  // namespace eakd
