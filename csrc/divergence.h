@@ -70,6 +70,21 @@ EAKD_HD V power_difference(const Column<V>& c, T x) {
   return larger_p ? value : -value;
 }
 
+// AlphaBeta with both powers positive, as almost everybody has them, in three exponentials: with e the larger of p and q
+// to the power s = a + b, and A, B = 1 - e^(-a |delta|), 1 - e^(-b |delta|),
+//     (p^s - q^s)/s = +-e S/s        q^b (p^a - q^a)/a = e (1 - B) A/a, or -e A/a where q is larger        S = A + B - A B
+template <typename Math, typename V, typename T>
+EAKD_HD Terms<V> positive_alpha_beta(const Column<V>& c, T a, T b) {
+  const T s = a + b;
+  const auto larger_p = c.delta > T(0);
+  const V magnitude = larger_p ? c.delta : -c.delta;
+  const V e = Math::exp2((larger_p ? c.log2_p : c.log2_q) * s);
+  const V A = -Math::exp2m1(magnitude * (a * T(-kLog2E))), B = -Math::exp2m1(magnitude * (b * T(-kLog2E)));
+  const V S = (A + B - A * B) * (1 / s), share = A * (1 / a);
+  const V h = e * (larger_p ? (B - T(1)) * share : share);
+  return {(1 / b) * (e * (larger_p ? S : -S) + h), h};
+}
+
 // first, second: the divergence's parameters.
 template <int KIND, typename Math, typename V, typename T>
 EAKD_HD Terms<V> terms(const Column<V>& c, T first, T second) {
@@ -94,6 +109,7 @@ EAKD_HD Terms<V> terms(const Column<V>& c, T first, T second) {
   } else {
     static_assert(KIND == kAlphaBeta, "a divergence without a formula");
     // f = ((p^s - q^s)/s - q^b (p^a - q^a)/a)/b with s = a + b, and its limits; h = -q^b (p^a - q^a)/a
+    if (first > 0 && second > 0) return positive_alpha_beta<Math>(c, first, second);
     const V from_a = power_difference<Math>(c, first);
     if (second == 0) {
       const V f = first == 0 ? T(0.5) * c.delta * c.delta : (times(Math::exp2(first * c.log2_p), c.delta) - from_a) / first;

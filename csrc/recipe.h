@@ -67,6 +67,8 @@ struct Recipe {
   EAKD_HD double first_of_columns() const { return decoupled() ? 1 : first; }
   EAKD_HD double second_of_columns() const { return decoupled() ? 0 : second; }
   EAKD_HD bool is_kl() const { return divergence == kKL || decoupled(); }
+  // Whether h is -p, so that the gradient needs no logarithms.
+  EAKD_HD bool is_linear() const { return is_kl() && second_of_columns() == 0; }
   EAKD_HD bool wants_values(bool pulls) const { return pulls || !is_kl(); }
   EAKD_HD int fields(bool slopes) const {
     return kNumRecipeFields + count * kNumTauFields + (slopes ? 2 : 0);

@@ -17,11 +17,12 @@ struct SideSums {
 template <typename T>
 struct RecipeBlock {
   const T *y, *z;    // logits
-  const T *eb, *ed;  // 2^b, 2^d
+  const T *eb, *ed;  // 2^b, 2^d, or what they are the `power`-th powers of
   const T* bias;     // log2 of the class weights; null: none
   int64_t n;         // whole vectors
   T my, mz;          // centres
   T k_y, k_z;        // log2(e)/tau of the sides
+  int power;         // 1 for all but kl_sums and a gradient without formula
 };
 
 // The normalisers of a row at one temperature.
@@ -44,6 +45,7 @@ struct RecipeKernels {
   // Scaled and capped columns of a row from `column` on, padded; returns their maximum.
   T (*load)(const LogitsView&, const char* row, int64_t column, int64_t n, T scale, T cap, T* to);
   Moments<double> (*moments)(const T* x, int64_t n);
+  T (*largest)(const T* x, int64_t n);
   // 2^((x - centre) k)
   void (*exponentials)(const T* x, int64_t n, T centre, T k, T* out);
   // u^power, times the class weights if there are any
@@ -51,12 +53,18 @@ struct RecipeKernels {
   // e: 2^((x - centre) k)
   SideSums (*side_sums)(const T* x, const T* e, int64_t n, T centre, T k, bool second);
   double (*sum)(const T* e, int64_t n);
+  // Sums of one temperature and t in one loop, about the state's maxima; 2^b and 2^d into eb and ed.
+  void (*fused_sums)(RowState<double>&, const T* y, const T* z, int64_t n, const Temperatures<double>&, T* eb, T* ed);
   void (*kl_sums)(TauSums<double>&, const RecipeBlock<T>&, bool forward, bool reverse);
-  void (*values)(TauSums<double>&, const RecipeBlock<T>&, const Normalisers<T>&, const Recipe&, bool pulls);
-  // g += c h_j + q q_j
-  void (*add_gradient)(T* g, const RecipeBlock<T>&, const Normalisers<T>&, const Recipe&, T c, T q);
+  // keep_h: [n], where h is to stay; null: nowhere
+  void (*values)(TauSums<double>&, const RecipeBlock<T>&, const Normalisers<T>&, const Recipe&, bool pulls, T* keep_h);
+  // 2^d (d - b)
+  double (*reverse_sum)(const RecipeBlock<T>&);
+  // g += c h_j + q q_j; kept_h: where `values` left h, or null; first: nothing is in g yet
+  void (*add_gradient)(T* g, const RecipeBlock<T>&, const Normalisers<T>&, const Recipe&, T c, T q, const T* kept_h,
+                       bool first);
   void (*finish_gradient)(T* g, const T* z, int64_t n, const OwnGradient<T>&);
-  void (*store)(const LogitsView&, char* row, int64_t column, int64_t n, const T* from);
+  void (*store)(const LogitsView&, char* row, int64_t column, int64_t n, const T* from, bool past_caches);
 };
 
 }  // namespace

@@ -3,6 +3,7 @@
 
 #include "blocks.h"
 #include "recipe_kernels.h"
+#include "row_kernels_impl.h"
 
 namespace eakd {
 namespace {
@@ -49,6 +50,14 @@ Moments<double> block_moments(const T* x, int64_t n) {
 }
 
 template <typename T>
+T largest(const T* x, int64_t n) {
+  Vec<T> m = splat(-T(INFINITY));
+  for (int64_t i = 0; i < n; i += kLanes)
+    m = larger(load(x + i), m);
+  return max<T>(m);
+}
+
+template <typename T>
 void exponentials(const T* x, int64_t n, T centre, T k, T* out) {
   for (int64_t i = 0; i < n; i += kLanes)
     store(out + i, exp2_any<T>((load(x + i) - centre) * k));
@@ -62,16 +71,22 @@ void raise_block(const T* u, int64_t n, const T* weights, T* out) {
   }
 }
 
+// visit(Kind<P>()): the power, 1 to 6, as a constant.
+template <typename Visit>
+void with_power(int power, Visit&& visit) {
+  switch (power) {
+    case 1: return visit(Kind<1>());
+    case 2: return visit(Kind<2>());
+    case 3: return visit(Kind<3>());
+    case 4: return visit(Kind<4>());
+    case 5: return visit(Kind<5>());
+    default: return visit(Kind<6>());
+  }
+}
+
 template <typename T>
 void raise_exponentials(const T* u, int64_t n, int power, const T* weights, T* out) {
-  switch (power) {
-    case 1: return raise_block<1>(u, n, weights, out);
-    case 2: return raise_block<2>(u, n, weights, out);
-    case 3: return raise_block<3>(u, n, weights, out);
-    case 4: return raise_block<4>(u, n, weights, out);
-    case 5: return raise_block<5>(u, n, weights, out);
-    default: return raise_block<6>(u, n, weights, out);
-  }
+  with_power(power, [&](auto p) { raise_block<decltype(p)::value>(u, n, weights, out); });
 }
 
 // ---- sums ------------------------------------------------------------------------------------------------------
@@ -105,18 +120,42 @@ struct Exponents {
   }
 };
 
-template <typename T>
-void kl_sums(TauSums<double>& s, const RecipeBlock<T>& block, bool forward, bool reverse) {
+template <int P, bool FORWARD, bool REVERSE, typename T>
+void add_kl_sums(TauSums<double>& s, const RecipeBlock<T>& block) {
   Vec<T> B0{}, D0{}, Bd{}, Dd{};
   for (int64_t i = 0; i < block.n; i += kLanes) {
-    const Vec<T> eb = load(block.eb + i), ed = load(block.ed + i);
-    const Exponents<T> at(block, i);
-    const Vec<T> step = at.b - at.d;
+    const Vec<T> eb = power<P>(load(block.eb + i)), ed = power<P>(load(block.ed + i));
     B0 += eb, D0 += ed;
-    if (forward) Bd += times(eb, step);
-    if (reverse) Dd += times(ed, -step);
+    if constexpr (FORWARD || REVERSE) {
+      const Exponents<T> at(block, i);
+      const Vec<T> step = at.b - at.d;
+      if constexpr (FORWARD) Bd += times(eb, step);
+      if constexpr (REVERSE) Dd += times(ed, Vec<T>(-step));
+    }
   }
-  s.B0 += sum<T>(B0), s.D0 += sum<T>(D0), s.Bd += sum<T>(Bd), s.Dd += sum<T>(Dd);
+  s.B0 += sum<T>(B0), s.D0 += sum<T>(D0);
+  if constexpr (FORWARD) s.Bd += sum<T>(Bd);
+  if constexpr (REVERSE) s.Dd += sum<T>(Dd);
+}
+
+template <typename T>
+double reverse_sum(const RecipeBlock<T>& block) {
+  Vec<T> Dd{};
+  for (int64_t i = 0; i < block.n; i += kLanes) {
+    const Exponents<T> at(block, i);
+    Dd += times(load(block.ed + i), Vec<T>(at.d - at.b));
+  }
+  return sum<T>(Dd);
+}
+
+template <typename T>
+void kl_sums(TauSums<double>& s, const RecipeBlock<T>& block, bool forward, bool reverse) {
+  with_power(block.power, [&](auto p) {
+    constexpr int P = decltype(p)::value;
+    const auto add = forward ? (reverse ? add_kl_sums<P, true, true, T> : add_kl_sums<P, true, false, T>)
+                             : (reverse ? add_kl_sums<P, false, true, T> : add_kl_sums<P, false, false, T>);
+    add(s, block);
+  });
 }
 
 // ---- values and gradients ----------------------------------------------------------------------------------------
@@ -137,7 +176,7 @@ auto without_mass(const RecipeBlock<T>& block, int64_t i) {
 
 template <int KIND, bool PULLS, typename T>
 void add_values(TauSums<double>& s, const RecipeBlock<T>& block, const Normalisers<T>& by, T first, T second,
-                T of_degree) {
+                T of_degree, T* keep_h) {
   Vec<T> f{}, h{}, hd{}, fb{}, pb{}, qd{};
   for (int64_t i = 0; i < block.n; i += kLanes) {
     const Exponents<T> at(block, i);
@@ -146,6 +185,7 @@ void add_values(TauSums<double>& s, const RecipeBlock<T>& block, const Normalise
     const auto nothing = without_mass(block, i);
     t.f = nothing ? Vec<T>{} : t.f, t.h = nothing ? Vec<T>{} : t.h;
     f += t.f, h += t.h;
+    if (keep_h != nullptr) store(keep_h + i, t.h);
     if constexpr (PULLS) {
       hd += times(t.h, at.d), fb += times(Vec<T>(of_degree * t.f - t.h), at.unbiased);
       pb += times(c.p, at.unbiased), qd += times(c.q, at.d);
@@ -157,46 +197,57 @@ void add_values(TauSums<double>& s, const RecipeBlock<T>& block, const Normalise
 
 template <typename T>
 void values(TauSums<double>& s, const RecipeBlock<T>& block, const Normalisers<T>& by, const Recipe& recipe,
-            bool pulls) {
+            bool pulls, T* keep_h) {
   const T first = T(recipe.first_of_columns()), second = T(recipe.second_of_columns());
   const T of_degree = T(degree(recipe.divergence, recipe.first, recipe.second));
   with_kind(recipe.divergence, [&](auto kind) {
     if (pulls)
-      add_values<decltype(kind)::value, true>(s, block, by, first, second, of_degree);
+      add_values<decltype(kind)::value, true>(s, block, by, first, second, of_degree, keep_h);
     else
-      add_values<decltype(kind)::value, false>(s, block, by, first, second, of_degree);
+      add_values<decltype(kind)::value, false>(s, block, by, first, second, of_degree, keep_h);
   });
 }
 
-// c h + q q_j, h = -p: what KL(p || q) has, and no logarithm in it.
-template <typename T>
-void add_linear_gradient(T* g, const RecipeBlock<T>& block, T p, T q) {
-  for (int64_t i = 0; i < block.n; i += kLanes)
-    store(g + i, load(g + i) + (q * load(block.ed + i) + p * load(block.eb + i)));
+// value(i): what goes into the gradient of the columns from i on.
+template <typename T, typename Value>
+void add_columns(T* g, int64_t n, bool first, const Value& value) {
+  if (first)
+    for (int64_t i = 0; i < n; i += kLanes)
+      store(g + i, value(i));
+  else
+    for (int64_t i = 0; i < n; i += kLanes)
+      store(g + i, load(g + i) + value(i));
 }
 
-template <int KIND, typename T>
-void add_formula_gradient(T* g, const RecipeBlock<T>& block, const Normalisers<T>& by, T first, T second, T c, T q) {
-  for (int64_t i = 0; i < block.n; i += kLanes) {
-    const Column<Vec<T>> column = column_at(block, by, Exponents<T>(block, i), i);
-    const Vec<T> h = terms<KIND, VectorMath<T>>(column, first, second).h;
-    store(g + i, load(g + i) + (without_mass(block, i) ? Vec<T>{} : c * h + q * column.q));
+template <typename T>
+void add_gradient(T* g, const RecipeBlock<T>& block, const Normalisers<T>& by, const Recipe& recipe, T c, T q,
+                  const T* kept_h, bool first) {
+  const T a = T(recipe.first_of_columns()), b = T(recipe.second_of_columns()), by_D0 = q * by.inverse_D0;
+  if (c == 0 || (recipe.is_kl() && b == 0)) {  // h = -p, that of KL(p || q)
+    const T p = c == 0 ? T(0) : -c * a * by.inverse_B0;
+    return with_power(block.power, [&](auto power_of) {
+      constexpr int P = decltype(power_of)::value;
+      add_columns(g, block.n, first, [&](int64_t i) {
+        return by_D0 * power<P>(load(block.ed + i)) + p * power<P>(load(block.eb + i));
+      });
+    });
   }
-}
-
-template <typename T>
-void add_gradient(T* g, const RecipeBlock<T>& block, const Normalisers<T>& by, const Recipe& recipe, T c, T q) {
-  const T first = T(recipe.first_of_columns()), second = T(recipe.second_of_columns());
-  if (c == 0 || (recipe.is_kl() && second == 0))
-    return add_linear_gradient(g, block, c == 0 ? T(0) : -c * first * by.inverse_B0, q * by.inverse_D0);
+  if (kept_h != nullptr)
+    return add_columns(g, block.n, first,
+                       [&](int64_t i) { return c * load(kept_h + i) + by_D0 * load(block.ed + i); });
   with_kind(recipe.divergence, [&](auto kind) {
-    add_formula_gradient<decltype(kind)::value>(g, block, by, first, second, c, q);
+    add_columns(g, block.n, first, [&](int64_t i) {
+      const Column<Vec<T>> column = column_at(block, by, Exponents<T>(block, i), i);
+      const Vec<T> h = terms<decltype(kind)::value, VectorMath<T>>(column, a, b).h;
+      return without_mass(block, i) ? Vec<T>{} : c * h + q * column.q;
+    });
   });
 }
 
 template <typename T>
 void finish_gradient(T* g, const T* z, int64_t n, const OwnGradient<T>& own) {
   const RecipeBasis<T>& c = own.basis;
+  if (c.inverse == 1 && c.linear == 0 && c.entropy == 0 && c.hard == 0 && own.scale == 1 && own.cap == 0) return;
   for (int64_t i = 0; i < n; i += kLanes) {
     const Vec<T> x = load(z + i), step = x - own.mz;
     const auto masked = x == -T(INFINITY);
@@ -218,15 +269,21 @@ void finish_gradient(T* g, const T* z, int64_t n, const OwnGradient<T>& own) {
 }
 
 template <typename T>
-void store_recipe_columns(const LogitsView& v, char* row, int64_t column, int64_t n, const T* from) {
-  store_block(v, row, column, n, from, false);
+void fused_sums(RowState<double>& s, const T* y, const T* z, int64_t n, const Temperatures<double>& k, T* eb, T* ed) {
+  sum_block_for<T>(k)(s, y, z, n, k, eb, ed, Ahead(y, z));
 }
 
 template <typename T>
-constexpr RecipeKernels<T> recipe_kernels = {load_recipe_columns<T>, block_moments<T>, exponentials<T>,
-                                             raise_exponentials<T>,  side_sums<T>,     sum_of<T>,
-                                             kl_sums<T>,             values<T>,        add_gradient<T>,
-                                             finish_gradient<T>,     store_recipe_columns<T>};
+void store_recipe_columns(const LogitsView& v, char* row, int64_t column, int64_t n, const T* from, bool past_caches) {
+  store_block(v, row, column, n, from, past_caches);
+  if (past_caches) stream_fence();
+}
+
+template <typename T>
+constexpr RecipeKernels<T> recipe_kernels = {
+    load_recipe_columns<T>, block_moments<T>, largest<T>,   exponentials<T>, raise_exponentials<T>,
+    side_sums<T>,           sum_of<T>,        fused_sums<T>, kl_sums<T>,      values<T>,
+    reverse_sum<T>,         add_gradient<T>,        finish_gradient<T>, store_recipe_columns<T>};
 
 }  // namespace
 }  // namespace eakd

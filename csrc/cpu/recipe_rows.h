@@ -79,12 +79,12 @@ class RecipeRow {
       : job_(job), recipe_(job.recipe), kernels_(recipe_kernels_of<T>()), columns_(job.rows.vocab_size) {
     const int64_t blocks = (columns_ + kRecipeBlock - 1) / kRecipeBlock;
     const int64_t row = blocks * kRecipeBlock + kPadding, bias = job.class_bias == nullptr ? 0 : 2 * row;
-    const int64_t kept = keeps() ? 2 * (recipe_.count + 1) * row : 0;
+    const int64_t kept = keeps() ? (3 * recipe_.count + 2) * row : 0;
     static thread_local std::vector<T> room;
     const int64_t needed = 2 * row + kept + bias + kScratches * (kRecipeBlock + kPadding);
     if (int64_t(room.size()) < needed) room.resize(needed);
     T* p = room.data();
-    for (T*& side : x_)
+    for (T*& side : room_)
       side = p, p += row;
     for (T*& scratch : scratch_)
       scratch = p, p += kRecipeBlock + kPadding;
@@ -98,7 +98,7 @@ class RecipeRow {
     if (job_.per_row) set_temperatures(row);
     pair_.emplace(job_.rows, row);
     sums_ = RecipeSums<double>();
-    filled_ = false;
+    filled_ = kept_h_ = false;
     const bool apart = recipe_.decoupled() && pair_->label >= 0 && pair_->label < columns_;
     labelled_ = pair_->label >= 0 && pair_->label < columns_;
     load_side(kTeacher, job_.rows.teacher, pair_->teacher, recipe_.teacher_scale, recipe_.teacher_cap, apart);
@@ -139,6 +139,10 @@ class RecipeRow {
 
   // A few megabytes a thread; beyond, exponentials are computed again in every sweep.
   bool keeps() const { return columns_ * (recipe_.count + 1) <= 4 * kMaxKeptColumns; }
+  // One loop for both temperatures' sums, with one exponential for both where they allow it.
+  bool fuses() const {
+    return recipe_.count == 1 && recipe_.standardize == kNoStandardize && job_.class_bias == nullptr;
+  }
   int64_t block_columns(int64_t begin) const { return std::min(kRecipeBlock, columns_ - begin); }
   static int64_t whole_vectors(int64_t n) { return (n + 15) / 16 * 16; }
   double rest_max(Side side) const { return about(side == kTeacher ? sums_.rest_My : sums_.rest_Mz); }
@@ -158,26 +162,37 @@ class RecipeRow {
     // The entropies' exponents are powers of the same numbers only where they see the same logits.
     const bool shares_entropies = recipe_.standardize != kStandardizeDivergence;
     all[recipe_.count] = job_.t;
-    bases_ = SharedBases(all, recipe_.count + shares_entropies);
-    if (!shares_entropies) {
+    bases_ = SharedBases(all, fuses() ? 1 : recipe_.count + shares_entropies);
+    if (fuses()) bases_.power[0] = 1, bases_.base[0] = taus_[0];
+    else if (!shares_entropies) {
       bases_.base[bases_.count] = job_.t;
       bases_.of[recipe_.count] = bases_.count++, bases_.power[recipe_.count] = 1;
     }
   }
 
+  // Where they lie, if nothing has to be done to them.
+  bool lies_ready(const LogitsView& view, double scale, double cap) const {
+    const bool native = view.storage == (sizeof(T) == 8 ? Storage::kDouble : Storage::kFloat);
+    return native && view.vocab_stride == 1 && scale == 1 && cap == 0 && !recipe_.decoupled() &&
+           columns_ == whole_vectors(columns_);
+  }
+
   void load_side(Side side, const LogitsView& view, const char* row, double scale, double cap, bool apart) {
-    T* x = x_[side];
+    const bool ready = lies_ready(view, scale, cap);
+    T* const x = ready ? const_cast<T*>(reinterpret_cast<const T*>(row)) : room_[side];  // and is not written
+    x_[side] = x;
     const int64_t label = pair_->label;
     double all = -INFINITY, rest = -INFINITY;
     Moments<double>& moments = side == kTeacher ? sums_.teacher : sums_.student;
     for (int64_t begin = 0; begin < columns_; begin += kRecipeBlock) {
       const int64_t n = block_columns(begin);
-      double largest = kernels_.load(view, row, begin, n, T(scale), T(cap), x + begin);
+      double largest = ready ? kernels_.largest(x + begin, n)
+                             : kernels_.load(view, row, begin, n, T(scale), T(cap), x + begin);
       if (recipe_.standardize != kNoStandardize) moments.merge(kernels_.moments(x + begin, whole_vectors(n)));
       all = std::max(all, largest);
       if (label >= begin && label < begin + n) {
         label_[side] = x[label];
-        if (apart) x[label] = -INFINITY, largest = *std::max_element(x + begin, x + begin + n);
+        if (apart) x[label] = -INFINITY, largest = kernels_.largest(x + begin, whole_vectors(n));
       }
       rest = std::max(rest, largest);
     }
@@ -194,9 +209,13 @@ class RecipeRow {
 
   // ---- exponentials ----------------------------------------------------------------------------------------------
 
+  T* base_room(Side side, int base, int64_t begin) const {
+    return keeps() ? kept_ + (2 * base + side) * row_room_ + begin
+                   : scratch_[side == kTeacher ? kBaseTeacher : kBaseStudent];
+  }
+
   const T* base_exponentials(Side side, int base, int64_t begin, int64_t n) {
-    T* to = keeps() ? kept_ + (2 * base + side) * row_room_ + begin
-                    : scratch_[side == kTeacher ? kBaseTeacher : kBaseStudent];
+    T* to = base_room(side, base, begin);
     if (keeps() && filled_) return to;
     const bool raw = recipe_.standardize == kStandardizeDivergence && base == bases_.of[recipe_.count];
     const double k = kLog2E / bases_.base[base] * (raw ? 1 : inverse_[side]);
@@ -214,17 +233,26 @@ class RecipeRow {
     return to;
   }
 
-  RecipeBlock<T> block_at(int k, int64_t begin, int64_t n) {
+  // raised: with 2^b and 2^d themselves.
+  RecipeBlock<T> block_at(int k, int64_t begin, int64_t n, bool raised) {
+    raised = raised || bias_ != nullptr;
+    const int base = bases_.of[k];
     return {x_[kTeacher] + begin,
             x_[kStudent] + begin,
-            exponentials(kTeacher, k, begin, n),
-            exponentials(kStudent, k, begin, n),
+            raised ? exponentials(kTeacher, k, begin, n) : base_exponentials(kTeacher, base, begin, n),
+            raised ? exponentials(kStudent, k, begin, n) : base_exponentials(kStudent, base, begin, n),
             bias_ == nullptr ? nullptr : bias_ + begin,
             n,
             T(rest_max(kTeacher)),
             T(rest_max(kStudent)),
             T(scales_[kTeacher].tau[k]),
-            T(scales_[kStudent].tau[k])};
+            T(scales_[kStudent].tau[k]),
+            raised ? 1 : bases_.power[k]};
+  }
+
+  // Where h of a temperature stays between values and gradient; null where there is no room.
+  T* kept_h(int k, int64_t begin) const {
+    return keeps() ? kept_ + (2 * recipe_.count + 2 + k) * row_room_ + begin : nullptr;
   }
 
   // ---- sums ------------------------------------------------------------------------------------------------------
@@ -235,14 +263,10 @@ class RecipeRow {
     const bool own_hard = job_.rows.labels != nullptr && (job_.t != 1 || second);
     for (int64_t begin = 0; begin < columns_; begin += kRecipeBlock) {
       const int64_t n = whole_vectors(block_columns(begin));
-      // One after the other: both sides may use the same scratch.
-      const SideSums a = kernels_.side_sums(x_[kTeacher] + begin, exponentials(kTeacher, recipe_.count, begin, n), n,
-                                            T(rest_max(kTeacher)), T(scales_[kTeacher].t), false);
-      const SideSums e = kernels_.side_sums(x_[kStudent] + begin, exponentials(kStudent, recipe_.count, begin, n), n,
-                                            T(rest_max(kStudent)), T(scales_[kStudent].t), second);
-      sums_.A0 += a.sum, sums_.A1 += a.first, sums_.E0 += e.sum, sums_.E1 += e.first, sums_.E2 += e.second;
-      for (int k = 0; k < recipe_.count; ++k)
-        kernels_.kl_sums(sums_.tau[k], block_at(k, begin, n), forward, reverse);
+      if (fuses())
+        add_fused_sums(begin, n, reverse);
+      else
+        add_sums(begin, n, forward, reverse, second);
       if (own_hard) {
         T* hard = scratch_[kGradient];
         kernels_.exponentials(x_[kStudent] + begin, n, T(rest_max(kStudent)), T(kLog2E), hard);
@@ -251,6 +275,33 @@ class RecipeRow {
     }
     if (job_.rows.labels != nullptr && !own_hard) sums_.F0 = sums_.E0;
     filled_ = true;
+  }
+
+  void add_sums(int64_t begin, int64_t n, bool forward, bool reverse, bool second) {
+    // One after the other: both sides may use the same scratch.
+    const SideSums a = kernels_.side_sums(x_[kTeacher] + begin, exponentials(kTeacher, recipe_.count, begin, n), n,
+                                          T(rest_max(kTeacher)), T(scales_[kTeacher].t), false);
+    const SideSums e = kernels_.side_sums(x_[kStudent] + begin, exponentials(kStudent, recipe_.count, begin, n), n,
+                                          T(rest_max(kStudent)), T(scales_[kStudent].t), second);
+    sums_.A0 += a.sum, sums_.A1 += a.first, sums_.E0 += e.sum, sums_.E1 += e.first, sums_.E2 += e.second;
+    for (int k = 0; k < recipe_.count; ++k)
+      kernels_.kl_sums(sums_.tau[k], block_at(k, begin, n, false), forward, reverse);
+  }
+
+  void add_fused_sums(int64_t begin, int64_t n, bool reverse) {
+    RowState<double> s;
+    s.My = sums_.rest_My, s.Mz = sums_.rest_Mz;
+    T *const eb = base_room(kTeacher, 0, begin), *const ed = base_room(kStudent, 0, begin);
+    const Temperatures<double> k(taus_[0], job_.t);
+    kernels_.fused_sums(s, x_[kTeacher] + begin, x_[kStudent] + begin, n, k, eb, ed);
+    TauSums<double>& sums = sums_.tau[0];
+    if (reverse) {
+      filled_ = true;  // this block
+      sums.Dd += kernels_.reverse_sum(block_at(0, begin, n, true));
+      filled_ = false;
+    }
+    sums.B0 += s.B0, sums.D0 += s.D0, sums.Bd += s.Bd;
+    sums_.A0 += s.A0, sums_.A1 += s.A1, sums_.E0 += s.E0, sums_.E1 += s.E1;
   }
 
   Normalisers<T> normalisers(double B0, double D0) const {
@@ -263,9 +314,11 @@ class RecipeRow {
       const int64_t n = whole_vectors(block_columns(begin));
       for (int k = 0; k < recipe_.count; ++k) {
         TauSums<double>& s = sums_.tau[k];
-        kernels_.values(s, block_at(k, begin, n), normalisers(s.B0, s.D0), recipe_, job_.pulls());
+        const RecipeBlock<T> block = block_at(k, begin, n, true);
+        kernels_.values(s, block, normalisers(s.B0, s.D0), recipe_, job_.pulls(), kept_h(k, begin));
       }
     }
+    kept_h_ = keeps();
   }
 
   LabelColumn<double> label() const {
@@ -293,12 +346,15 @@ class RecipeRow {
                    const OwnGradient<double>& own, double at_label) {
     const int64_t columns = block_columns(begin), n = whole_vectors(columns), label = pair_->label - begin;
     T *g = scratch_[kGradient], *z = x_[kStudent] + begin;
-    std::fill(g, g + n, T(0));
+    bool first = true;
     for (int k = 0; k < recipe_.count; ++k) {
       if (bases[k].c == 0 && bases[k].q == 0) continue;
-      kernels_.add_gradient(g, block_at(k, begin, n), normalisers(tau[k][kRestTeacherSum], tau[k][kRestStudentSum]),
-                            recipe_, T(bases[k].c), T(bases[k].q));
+      const Normalisers<T> by = normalisers(tau[k][kRestTeacherSum], tau[k][kRestStudentSum]);
+      kernels_.add_gradient(g, block_at(k, begin, n, !recipe_.is_linear()), by, recipe_, T(bases[k].c), T(bases[k].q),
+                            kept_h_ ? kept_h(k, begin) : nullptr, first);
+      first = false;
     }
+    if (first) std::fill(g, g + n, T(0));
     const bool here = labelled_ && label >= 0 && label < columns;
     if (here && recipe_.decoupled()) g[label] = T(at_label), z[label] = T(label_[kStudent]);
     const RecipeBasis<double>& c = own.basis;
@@ -310,21 +366,22 @@ class RecipeRow {
       const double share = own.cap == 0 ? 0 : label_[kStudent] / own.cap;
       g[label] += T(own.basis.label * own.scale * (1 - share * share));
     }
-    kernels_.store(job_.rows.gradient, pair_->gradient, begin, columns, g);
+    kernels_.store(job_.rows.gradient, pair_->gradient, begin, columns, g, job_.rows.gradient_past_caches);
   }
 
   const RecipeJob& job_;
   const Recipe& recipe_;
   const RecipeKernels<T>& kernels_;
   const int64_t columns_;
-  T *x_[2], *scratch_[kScratches], *kept_, *bias_ = nullptr, *weights_ = nullptr;
+  // x_: the row as the sweeps read it, in room_ or where it lies
+  T *x_[2], *room_[2], *scratch_[kScratches], *kept_, *bias_ = nullptr, *weights_ = nullptr;
   int64_t row_room_;
   std::optional<RowPair> pair_;
   double taus_[kMostTemperatures], inverse_[2], label_[2];
   SharedBases bases_;
   SideScales<double> scales_[2];
   RecipeSums<double> sums_;
-  bool filled_ = false, labelled_ = false;
+  bool filled_ = false, kept_h_ = false, labelled_ = false;
 };
 
 }  // namespace

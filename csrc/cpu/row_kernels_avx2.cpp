@@ -15,7 +15,7 @@
 #pragma GCC target("avx2,fma,f16c")
 #endif
 #define EAKD_VECTOR_BYTES 32
-#include "row_kernels_impl.h"
+#include "kernel_tables.h"
 
 namespace eakd {
 EAKD_KERNEL_TABLES(avx2)

@@ -16,7 +16,7 @@
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")
 #endif
 #define EAKD_VECTOR_BYTES 64
-#include "row_kernels_impl.h"
+#include "kernel_tables.h"
 
 namespace eakd {
 EAKD_KERNEL_TABLES(avx512)

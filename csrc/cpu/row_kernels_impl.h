@@ -4,7 +4,6 @@
 #pragma once
 
 #include "blocks.h"
-#include "recipe_kernels_impl.h"
 #include "row_kernels.h"
 
 namespace eakd {
@@ -21,6 +20,13 @@ struct Ahead {
         student_bytes(job.student.vocab_stride == 1 ? job.student.item_bytes : 0) {
     teacher = row.teacher + column * teacher_bytes, student = row.student + column * student_bytes;
   }
+  // Of rows that are in the cache already.
+  template <typename T>
+  Ahead(const T* y, const T* z)
+      : teacher(reinterpret_cast<const char*>(y)),
+        student(reinterpret_cast<const char*>(z)),
+        teacher_bytes(sizeof(T)),
+        student_bytes(sizeof(T)) {}
   void fetch(int64_t i) const {
     __builtin_prefetch(teacher + i * teacher_bytes);
     __builtin_prefetch(student + i * student_bytes);
@@ -225,12 +231,4 @@ void segment_gradient(const RowJob& job, const RowPair& row, const Temperatures<
 }
 
 }  // namespace
-
-#define EAKD_KERNEL_TABLES(NAME) \
-  KernelTables kernels_##NAME() { \
-    static constexpr RowKernels<float> fp32 = {segment_state<float>, segment_gradient<float>}; \
-    static constexpr RowKernels<double> fp64 = {segment_state<double>, segment_gradient<double>}; \
-    return {#NAME, &fp32, &fp64, &recipe_kernels<float>, &recipe_kernels<double>}; \
-  }
-
 }  // namespace eakd

@@ -188,14 +188,15 @@ struct VectorMath<float> {
     const VecF power = bits<VecF>((bits<VecU>(rounded) << 23) + 0x3f800000u);
     return power * exp2_polynomial(x - n, 0.0f) + (power - 1.0f);
   }
-  // For x > 0 that is normal: x = 2^e m, m within sqrt(2) of 1, and ln m = 2 atanh((m - 1)/(m + 1)).
+  // For x > 0 that is normal: x = 2^e (1 + f), 1 + f within sqrt(2) of 1, and ln(1 + f) = f - f^2/2 + f^3 Q(f) with a
+  // minimax Q, 6e-9 before rounding.
   static VecF ln(VecF x) {
     const VecU raw = bits<VecU>(x) - 0x3f3504f3u;
     const VecF e = __builtin_convertvector(bits<VecI>(raw) >> 23, VecF);
-    const VecF m = bits<VecF>((raw & 0x7fffffu) + 0x3f3504f3u);
-    const VecF s = (m - 1.0f) / (m + 1.0f), s2 = s * s;
-    const VecF series = s2 * (s2 * (s2 * 1.42857143e-1f + 2.0e-1f) + 3.33333333e-1f);
-    const VecF value = 2.0f * (s * series + s) + e * 6.93147182e-1f;
+    const VecF f = bits<VecF>((raw & 0x7fffffu) + 0x3f3504f3u) - 1.0f, f2 = f * f, f4 = f2 * f2;
+    const VecF high = f2 * (f * -7.63442984e-2f + 1.27615503e-1f) + (f * -1.31601951e-1f + 1.42017625e-1f);
+    const VecF low = f2 * (f * -1.66233565e-1f + 2.00012267e-1f) + (f * -2.50008211e-1f + 3.33333317e-1f);
+    const VecF value = f2 * f * (f4 * high + low) - 0.5f * f2 + f + e * 6.93147182e-1f;
     return x == x ? value : x;
   }
 };
