@@ -32,17 +32,31 @@ class Divergence:
     def columns(self, log_p: Tensor, log_q: Tensor) -> Tensor:
         raise NotImplementedError
 
-    def _check(self, name: str, low: float, high: float, *, inside: bool = False, hint: str = "") -> None:
+    def _check(self, name: str, wanted: str, holds, hint: str = "") -> None:
         value = getattr(self, name)
         number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-        if not (number and (low < value < high if inside else low <= value <= high)):
-            bounds = f"> {low:g} and < {high:g}" if inside else f"in {low:g}..{high:g}"
-            raise ValueError(f"{type(self).__name__}: {name} must be a number {bounds}, got {value!r}{hint}")
+        if not (number and holds(value)):
+            raise ValueError(f"{type(self).__name__}: {name} must be a number {wanted}, got {value!r}{hint}")
+
+
+class _Unbounded(torch.autograd.Function):
+    """0, with a gradient of NaN in `mass` where something flows back: what infinite * d mass comes to."""
+
+    @staticmethod
+    def forward(ctx, mass: Tensor, infinite: Tensor) -> Tensor:
+        ctx.save_for_backward(infinite)
+        return torch.zeros_like(mass)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (infinite,) = ctx.saved_tensors
+        return torch.where(infinite & (gradient != 0), torch.nan, 0.0).to(gradient.dtype), None
 
 
 def _times(mass: Tensor, x: Tensor) -> Tensor:
-    """mass * x, and 0 where there is no mass, whatever x is."""
-    return mass * torch.where(mass == 0, 0.0, x)
+    """mass * x, and 0 where there is no mass, whatever x is. Where x is infinite, nothing flows back of nothing."""
+    infinite = x.isinf() & (mass > 0)
+    return torch.where(infinite, mass.detach(), mass) * torch.where(mass == 0, 0.0, x) + _Unbounded.apply(mass, infinite)
 
 
 def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
@@ -51,8 +65,8 @@ def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
 
 def _log_mixture(log_p: Tensor, log_q: Tensor, weight: float) -> Tensor:
     """log(weight p + (1 - weight) q), in log space: the sum itself would lose small columns."""
-    if weight in (0, 1):
-        return log_p if weight else log_q
+    if weight == 0:
+        return log_q
     return torch.logaddexp(log_p + math.log(weight), log_q + math.log1p(-weight))
 
 
@@ -64,7 +78,7 @@ class Jeffreys(Divergence):
     code: ClassVar[int] = 0
 
     def __post_init__(self):
-        self._check("reverse_weight", 0, 1)
+        self._check("reverse_weight", "in 0..1", lambda r: 0 <= r <= 1)
 
     def parameters(self):
         return 1.0 - self.reverse_weight, float(self.reverse_weight)
@@ -114,7 +128,7 @@ class JSD(Divergence):
 
     def __post_init__(self):
         hint = "; ForwardKL() and ReverseKL() are what generalized_jsd(0) and generalized_jsd(1) mean"
-        self._check("beta", 0, 1, inside=True, hint=hint)
+        self._check("beta", "> 0 and < 1", lambda beta: 0 < beta < 1, hint)
 
     def columns(self, log_p, log_q):
         log_m = _log_mixture(log_p, log_q, self.beta)
@@ -123,13 +137,16 @@ class JSD(Divergence):
 
 @dataclass(frozen=True)
 class SkewForwardKL(Divergence):
-    """KL(p || alpha p + (1 - alpha) q), alpha in 0..1 (DistiLLM, Ko et al. 2024, eq. 3; alpha = 0.1 there)."""
+    """KL(p || alpha p + (1 - alpha) q), 0 <= alpha < 1 (DistiLLM, Ko et al. 2024; alpha = 0.1 there)."""
 
     alpha: float = 0.1
     code: ClassVar[int] = 2
 
     def __post_init__(self):
-        self._check("alpha", 0, 1)
+        self._check("alpha", ">= 0 and < 1", lambda alpha: 0 <= alpha < 1)
+
+    def kernel(self):
+        return super().kernel() if self.alpha > 0 else ForwardKL().kernel()
 
     def columns(self, log_p, log_q):
         return _kl(log_p, _log_mixture(log_p, log_q, self.alpha))
@@ -137,13 +154,16 @@ class SkewForwardKL(Divergence):
 
 @dataclass(frozen=True)
 class SkewReverseKL(Divergence):
-    """KL(q || alpha q + (1 - alpha) p), alpha in 0..1 (DistiLLM, Ko et al. 2024; alpha = 0.1 there)."""
+    """KL(q || alpha q + (1 - alpha) p), 0 <= alpha < 1 (DistiLLM, Ko et al. 2024; alpha = 0.1 there)."""
 
     alpha: float = 0.1
     code: ClassVar[int] = 3
 
     def __post_init__(self):
-        self._check("alpha", 0, 1)
+        self._check("alpha", ">= 0 and < 1", lambda alpha: 0 <= alpha < 1)
+
+    def kernel(self):
+        return super().kernel() if self.alpha > 0 else ReverseKL().kernel()
 
     def columns(self, log_p, log_q):
         return _kl(log_q, _log_mixture(log_q, log_p, self.alpha))
@@ -175,7 +195,7 @@ class AlphaBeta(Divergence):
 
     def __post_init__(self):
         for name in ("alpha", "beta"):
-            self._check(name, -math.inf, math.inf, inside=True)
+            self._check(name, "that is finite", math.isfinite)
 
     def columns(self, log_p, log_q):
         a, b = float(self.alpha), float(self.beta)

@@ -1,29 +1,19 @@
 """Published loss functions, to the tolerance that each case states."""
 
-import json
 import math
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from support import assert_gradient_within_rounding, assert_within_error_rule, eager, leaf, widest
+from golden import CASES, check, check_loss_and_gradient, inputs, load, of_kind
+from support import assert_gradient_within_rounding, assert_within_error_rule, eager, leaf
 
 from eakd_kernels import distill_stats, ea_kd_loss
 
-FOLDER = Path(__file__).parent / "conformance"
-CASES = {case["name"]: case for case in json.loads((FOLDER / "index.json").read_text())["cases"]}
-KD = [name for name, case in CASES.items() if case["kind"] in ("ea_kd", "kd", "er_kd")]
-MASKED = [name for name, case in CASES.items() if case["kind"] == "kd_masked"]
-CTKD = [name for name, case in CASES.items() if case["kind"].startswith("ctkd")]
-EDGE = [name for name, case in CASES.items() if case["kind"] == "edge"]
-FP32_TOLERANCE = 4e-6
+KD = of_kind("ea_kd", "kd", "er_kd")
+MASKED = of_kind("kd_masked")
+CTKD = of_kind("ctkd*")
+EDGE = of_kind("edge")
 WEIGHTING = {"ea_kd": "ea", "er_kd": "teacher", "kd": "none", "edge": "ea", "ctkd": "none", "ctkd_er": "teacher"}
-
-
-def load(name):
-    data = np.load(FOLDER / CASES[name]["file"])
-    return {key: torch.from_numpy(data[key]).to(torch.get_default_device()) for key in data.files}
 
 
 def options(name, backend):
@@ -34,26 +24,6 @@ def options(name, backend):
         tau = params["t_start"] + params["t_end"] / (1 + math.exp(-params["theta"]))
     chosen = {"temperature": tau, "entropy_temperature": params.get("t", 3.0), "backend": backend}
     return {**chosen, "weighting": WEIGHTING.get(case["kind"], "none"), "entropy_bound": params.get("h_ub")}
-
-
-def inputs(data, backend):
-    """(student, teacher) as the backend takes them."""
-    return leaf(data["student"], widest(backend)), data["teacher"].to(widest(backend))
-
-
-def check(got, want, rtol, atol, fp32=False, terms=0.0):
-    """In fp32 to the error rule's bound: the case's tolerance is for fp64. terms: what `want` is a difference of."""
-    if fp32 or got.dtype == torch.float32:
-        largest = max(want[want.isfinite()].abs().max().item(), terms)
-        rtol, atol = max(rtol, FP32_TOLERANCE), max(atol, FP32_TOLERANCE * largest)
-    torch.testing.assert_close(got.double(), want.reshape(got.shape), rtol=rtol, atol=atol)
-
-
-def check_loss_and_gradient(name, loss, student, data):
-    tolerance = CASES[name]["tolerance"]
-    (gradient,) = torch.autograd.grad(loss, student, retain_graph=True)
-    check(loss, data["loss"], tolerance["loss_rtol"], tolerance["loss_atol"])
-    check(gradient, data["grad_student"], tolerance["grad_rtol"], tolerance["grad_atol"])
 
 
 @pytest.mark.parametrize("name", KD)

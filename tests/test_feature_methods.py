@@ -1,20 +1,17 @@
 """Weights alone, for losses on features and regions: ReviewKD, FCFD, detection. The recipes of docs/methods.md."""
 
-import json
 import math
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import golden
+from golden import CASES, of_kind
 from support import eager, leaf, make_logits, widest
 
 from eakd_kernels import distill_stats, ea_kd_loss, ea_weights
 
-FOLDER = Path(__file__).parent / "conformance"
-CASES = {case["name"]: case for case in json.loads((FOLDER / "index.json").read_text())["cases"]}
-HCL = [name for name, case in CASES.items() if case["kind"] == "ea_hcl"]
+HCL = of_kind("ea_hcl")
 CLASSES = 81  # COCO's 80 and the background
 
 
@@ -38,8 +35,7 @@ def hcl(student_features, teacher_features):
 
 
 def load(name):
-    data = np.load(FOLDER / CASES[name]["file"])
-    data = {key: torch.from_numpy(data[key]).to(torch.get_default_device()) for key in data.files}
+    data = golden.load(name)
     stages = range(CASES[name]["params"]["stages"])
     return data, [leaf(data[f"fs_{i}"], torch.float64) for i in stages], [data[f"ft_{i}"] for i in stages]
 

@@ -82,7 +82,7 @@ def _divergence(student: Tensor, teacher: Tensor, rows: Rows, recipe: Recipe) ->
             kind = divergences.of_code(recipe.divergence, recipe.first, recipe.second)
             value = _summed(kind, _log_softmax(y), _log_softmax(z))
         total = total + factor * value
-    return total, y.logsumexp(-1).detach(), z.logsumexp(-1)
+    return total, _logsumexp(y), _logsumexp(z)
 
 
 def _divided(logits: Tensor, temperature: float | Tensor) -> Tensor:
@@ -98,6 +98,12 @@ def _log_softmax(logits: Tensor) -> Tensor:
     """-inf throughout where the logits are: no mass at all."""
     nothing = (logits == -torch.inf).all(-1, keepdim=True)
     return torch.where(nothing, -torch.inf, torch.where(nothing, 0.0, logits).log_softmax(-1))
+
+
+def _logsumexp(logits: Tensor) -> Tensor:
+    """-inf, without a gradient, where all logits are."""
+    nothing = (logits == -torch.inf).all(-1)
+    return torch.where(nothing, -torch.inf, torch.where(nothing[..., None], 0.0, logits).logsumexp(-1))
 
 
 def _summed(divergence: divergences.Divergence, log_p: Tensor, log_q: Tensor) -> Tensor:
@@ -127,7 +133,7 @@ def _decoupled(y: Tensor, z: Tensor, labels: Tensor, alpha: float, beta: float) 
 
 def _log_odds(logits: Tensor, rest: Tensor, label: Tensor) -> Tensor:
     """+inf where the label is all there is; -inf where it has no mass, or nothing has."""
-    at_label, others = logits.gather(-1, label)[..., 0], rest.logsumexp(-1)
+    at_label, others = logits.gather(-1, label)[..., 0], _logsumexp(rest)
     return torch.where(at_label == -torch.inf, -torch.inf, at_label - torch.where(at_label == -torch.inf, 0.0, others))
 
 
