@@ -6,6 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .methods import METHODS
+
 CE_WEIGHT = 0.5
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -42,10 +44,11 @@ class Case:
     temperature: float = 2.0
     entropy_temperature: float = 3.0
     device: str = "cpu"
+    method: str = "KL"  # of methods.METHODS
 
     def __str__(self):
         temperatures = f"tau={self.temperature:g} t={self.entropy_temperature:g}"
-        return f"{self.model} {self.vocab_size}x{self.rows} {self.dtype} {self.operation} {temperatures}"
+        return f"{self.model} {self.vocab_size}x{self.rows} {self.dtype} {self.operation} {temperatures} {self.method}"
 
     @property
     def streams(self) -> int:
@@ -79,7 +82,7 @@ def on_gpu(*what, temperature: float = 1.0) -> Case:
 
 
 def cases(full: bool = False, device: str = "cpu") -> list[Case]:
-    """The quick list; with `full` every vocabulary, fp16, and the other operations in bf16."""
+    """The quick list; with `full` every vocabulary, fp16, the other operations in bf16, and the other methods."""
     return gpu_cases(full) if device == "cuda" else cpu_cases(full)
 
 
@@ -89,7 +92,12 @@ def cpu_cases(full: bool) -> list[Case]:
         return quick
     shapes = QUICK_SHAPES + OTHER_SHAPES
     every_dtype = [Case(*shape, dtype) for shape in shapes for dtype in DTYPES]
-    return every_dtype + [Case(*shape, "bf16", operation) for shape in shapes for operation in ("labels", "statistics")]
+    operations = [Case(*shape, "bf16", operation) for shape in shapes for operation in ("labels", "statistics")]
+    return every_dtype + operations + [of_method(method) for method in METHODS if method != "KL"]
+
+
+def of_method(method: str) -> Case:
+    return Case(*QUICK_SHAPES[1], "fp32", method=method)
 
 
 def gpu_cases(full: bool) -> list[Case]:
@@ -138,6 +146,20 @@ CPU_GOALS = tuple(
     )
 )
 
+METHOD_GOALS = tuple(
+    Goal(of_method(method), column, at_least, goal)
+    for method, column, at_least, goal in (
+        ("reverse KL", "x_compile", 3, 4),
+        ("Jeffreys", "x_compile", 3, 4),
+        ("AlphaBeta", "x_compile", 2.5, 4),
+        ("JSD", "x_compile", 2.5, 3),
+        ("skew KL", "x_compile", 2.5, 3),
+        ("skew reverse KL", "x_compile", 2.5, 3),
+        ("MLD", "x_compile", 3.5, 4),
+        ("MLD", "x_one_temperature", 0.3, 1 / 3),
+    )
+)
+
 TOKEN_GOALS = tuple(
     Goal(on_gpu(*shape, "bf16", operation), column, goal, goal, provider)
     for shape in TOKENS
@@ -154,4 +176,4 @@ TOKEN_GOALS = tuple(
 )
 IMAGE_GOALS = tuple(Goal(on_gpu(*shape, "fp32"), "x_eager", 5, 5) for shape in IMAGES[:2])
 
-GOALS = CPU_GOALS + TOKEN_GOALS + IMAGE_GOALS
+GOALS = CPU_GOALS + METHOD_GOALS + TOKEN_GOALS + IMAGE_GOALS

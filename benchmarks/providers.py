@@ -11,13 +11,14 @@ from eakd_kernels.dispatch import resolve
 
 from .cases import CE_WEIGHT, DTYPES, Case
 from .check import FP32_TOLERANCE, TOLERANCE, Provider
+from .methods import METHODS
 from .rivals import rivals
 
 
 def providers(case: Case, reference: bool = False) -> dict[str, Provider | str]:
     """By name, or why it does not take part; this package's are called "eakd <backend>". `reference`: that one too."""
     torch.compiler.reset()  # one case's compilations are neither reused by the next nor counted against its limit
-    temperatures = {"tau": case.temperature, "t": case.entropy_temperature}
+    temperatures = {"tau": case.temperature, "t": case.entropy_temperature, "method": METHODS[case.method]}
     formula = partial(ea_kd, **temperatures)
     plain = partial(eager, **temperatures)
     in_pytorch = {"eager": plain, "compile": torch.compile(plain, dynamic=False)}
@@ -30,24 +31,29 @@ def providers(case: Case, reference: bool = False) -> dict[str, Provider | str]:
             found[f"eakd {backend}"] = Provider(loss, formula, tolerance=tolerance)
         elif reason and case.device == "cuda" and backend in ("triton", "cuda"):
             found[f"eakd {backend}"] = reason
-    if case.device == "cuda" and case.temperature == 1 and case.operation != "labels":
+    if METHODS[case.method].temperatures and case.device == "cpu":
+        alone = temperatures | {"tau": METHODS[case.method].temperatures[0], "method": METHODS["KL"]}
+        found["one temperature"] = Provider(partial(ours, backend="cpu", **alone), partial(ea_kd, **alone))
+    if case.device == "cuda" and case.temperature == 1 and case.operation != "labels" and case.method == "KL":
         found |= rivals(case.dtype)
     return found
 
 
-def eager(student, teacher, labels, tau, t):
+def eager(student, teacher, labels, tau, t, method=METHODS["KL"]):
     """Logits go to fp32, as everybody does who has compared bf16's result with it."""
-    return ea_kd(student.float(), teacher.float(), labels, tau, t)
+    return ea_kd(student.float(), teacher.float(), labels, tau, t, method)
 
 
-def ea_kd(student, teacher, labels, tau, t):
-    log_p, log_q = (teacher / tau).log_softmax(-1), (student / tau).log_softmax(-1)
-    divergence = F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
+def ea_kd(student, teacher, labels, tau, t, method=METHODS["KL"]):
+    divergence = sum(
+        tau**2 * method.divergence((teacher / tau).log_softmax(-1), (student / tau).log_softmax(-1))
+        for tau in method.temperatures or (tau,)
+    )
     teacher_entropy = entropy(teacher, t)
     with torch.no_grad():
         student_entropy = entropy(student, t)
     weight = (teacher_entropy + teacher_entropy * student_entropy / math.log(student.shape[-1])) / 2
-    loss = (weight * tau**2 * divergence).mean()
+    loss = (weight * divergence).mean()
     return loss if labels is None else loss + CE_WEIGHT * F.cross_entropy(student, labels)
 
 
@@ -56,15 +62,16 @@ def entropy(logits, t):
     return -(log_probabilities.exp() * log_probabilities).sum(-1)
 
 
-def ours(student, teacher, labels, tau, t, backend):
+def ours(student, teacher, labels, tau, t, backend, method=METHODS["KL"]):
     return eakd_kernels.ea_kd_loss(
         student,
         teacher,
         labels,
-        temperature=tau,
+        temperature=method.temperatures or tau,
         entropy_temperature=t,
         ce_weight=0.0 if labels is None else CE_WEIGHT,
         backend=backend,
+        **method.options,
     )
 
 

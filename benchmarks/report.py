@@ -19,6 +19,7 @@ MARKERS = {"cpu": "benchmark", "cuda": "benchmark-gpu"}
 
 # Whom others are compared with: the column of the CSV file, the provider.
 BASELINES = {"x_eager": "eager", "x_compile": "compile", "x_liger_kl": "liger kl", "x_trl": "trl"}
+BASELINES |= {"x_one_temperature": "one temperature"}  # a sum over temperatures, with the time of one of them
 # How an operation is told apart from the usual one, loss and gradient.
 OPERATIONS = {"gradient": "", "labels": ", cross-entropy too", "statistics": ", loss alone"}
 
@@ -29,7 +30,7 @@ def table(rows: list[Row]) -> str:
     """Markdown that also reads well in a terminal: where and when, then a line for every case and provider."""
     columns = {
         "vocabulary x rows": _shape,
-        "dtype": lambda row: row["dtype"] + OPERATIONS[row["operation"]],
+        "dtype": lambda row: row["dtype"] + OPERATIONS[row["operation"]] + _method(row),
         "provider": lambda row: row["provider"],
         "ms": lambda row: _spread(row, "ms"),
         **{f"x {name}": lambda row, column=column: _spread(row, column) for column, name in BASELINES.items()},
@@ -53,7 +54,7 @@ def summary(rows: list[Row]) -> str:
         return "Nothing of this package was measured."
     columns = {
         "vocabulary x rows": _shape,
-        "dtype": lambda row: row["dtype"] + OPERATIONS[row["operation"]],
+        "dtype": lambda row: row["dtype"] + OPERATIONS[row["operation"]] + _method(row),
         "tau, t": lambda row: f"{float(row['temperature']):g}, {float(row['entropy_temperature']):g}",
         "backend": lambda row: row["provider"].removeprefix("eakd "),
         "ms": lambda row: _number(row["ms"]) + (" *" if row["clock"] == "wall" else ""),
@@ -205,6 +206,11 @@ def latest(folder: Path) -> list[Path]:
 
 def _rounds(rows: list[Row]) -> str:
     return f"{rows[0]['rounds']} rounds"
+
+
+def _method(row: Row) -> str:
+    method = row.get("method") or "KL"
+    return "" if method == "KL" else f", {method}"
 
 
 def _shape(row: Row) -> str:

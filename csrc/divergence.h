@@ -49,25 +49,28 @@ struct Mixture {
     typedef typename Math::Scalar T;
     const auto larger_p = c.delta > T(0);
     const V magnitude = larger_p ? c.delta : -c.delta;
-    const V ratio = Math::exp2(magnitude * T(-kLog2E));
-    const V x = larger_p ? w + (T(1) - w) * ratio : w * ratio + (T(1) - w);  // m over the larger
-    const V log_x = Math::ln(x);
-    return {larger_p ? -log_x : c.delta - log_x, larger_p ? -c.delta - log_x : -log_x, (larger_p ? ratio : V{} + 1) / x};
+    const V ratio = Math::exp2(magnitude * T(-kLog2E)), one = V{} + 1;
+    const V larger = larger_p ? w : one - w, x = larger + (larger_p ? one - w : w) * ratio;  // m over the larger
+    // A mixture without the larger is the smaller, whose ratio may underflow.
+    const V log_x = larger == 0 ? -magnitude : Math::ln(x);
+    const V q_share = larger_p ? (larger == 0 ? one : ratio / x) : one / x;
+    return {larger_p ? -log_x : c.delta - log_x, larger_p ? -c.delta - log_x : -log_x, q_share};
   }
 };
 
-// (p^x - q^x)/x, which is delta at x = 0: by the larger of the two and 1 - 2^(a negative power), so that nothing
-// cancels where p and q are close or x is small.
+// 2^shift (p^x - q^x)/x, the fraction delta at x = 0: by the larger of the two and 1 - 2^(a negative power), so that
+// nothing cancels where p and q are close or x is small. One power of 2: factors may be out of range where the product
+// is not.
 template <typename Math, typename V, typename T>
-EAKD_HD V power_difference(const Column<V>& c, T x) {
-  if (x == 0) return c.delta;
+EAKD_HD V power_difference(const Column<V>& c, T x, V shift) {
+  if (x == 0) return times(Math::exp2(shift), c.delta);
   const V u = c.log2_p * x, v = c.log2_q * x;
   const V larger = u > v ? u : v;
   const T size = x < 0 ? -x : x;
   const auto larger_p = c.delta > T(0);
   const V magnitude = larger_p ? c.delta : -c.delta;
-  const V value = Math::exp2(larger) * -Math::exp2m1(magnitude * (size * T(-kLog2E))) / size;
-  return larger_p ? value : -value;
+  const V value = times(-Math::exp2m1(magnitude * (size * T(-kLog2E))), Math::exp2(larger + shift)) / size;
+  return shift == T(-INFINITY) ? V{} : (larger_p ? value : -value);
 }
 
 // AlphaBeta with both powers positive, as almost everybody has them, in three exponentials: with e the larger of p and q
@@ -101,7 +104,7 @@ EAKD_HD Terms<V> terms(const Column<V>& c, T first, T second) {
   } else if constexpr (KIND == kSkewReverseKL) {
     const auto m = Mixture<V>::template of<Math>(c, V{} + (1 - first));
     const V f = times(c.q, m.q_over_m);
-    return {f, f + c.q - first * times(c.q, m.q_share)};
+    return {f, f + c.q - (first == 0 ? V{} : first * times(c.q, m.q_share))};
   } else if constexpr (KIND == kTotalVariation) {
     const V difference = T(0.5) * (c.p - c.q);
     const V half = T(0.5) * c.q;
@@ -110,13 +113,13 @@ EAKD_HD Terms<V> terms(const Column<V>& c, T first, T second) {
     static_assert(KIND == kAlphaBeta, "a divergence without a formula");
     // f = ((p^s - q^s)/s - q^b (p^a - q^a)/a)/b with s = a + b, and its limits; h = -q^b (p^a - q^a)/a
     if (first > 0 && second > 0) return positive_alpha_beta<Math>(c, first, second);
-    const V from_a = power_difference<Math>(c, first);
     if (second == 0) {
+      const V from_a = power_difference<Math>(c, first, V{});
       const V f = first == 0 ? T(0.5) * c.delta * c.delta : (times(Math::exp2(first * c.log2_p), c.delta) - from_a) / first;
       return {f, -from_a};
     }
-    const V h = -times(Math::exp2(second * c.log2_q), from_a);
-    return {(power_difference<Math>(c, first + second) + h) / second, h};
+    const V h = -power_difference<Math>(c, first, second * c.log2_q);
+    return {(power_difference<Math>(c, first + second, V{}) + h) / second, h};
   }
 }
 

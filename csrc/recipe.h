@@ -206,16 +206,17 @@ struct TauResult {
 template <typename T>
 EAKD_HD TauResult<T> finish_columns(const Recipe& recipe, const TauSums<T>& s, bool values) {
   TauResult<T> r{};
+  const T nan_stays = T(0) * (s.B0 + s.D0);  // whatever the other side's mass is
   const T first = T(recipe.first_of_columns()), second = T(recipe.second_of_columns());
   if (values) {
     const T ln2 = T(kLn2), of_degree = T(degree(recipe.divergence, recipe.first, recipe.second));
-    r.divergence = s.f, r.pull = s.h, r.mean_d = ln2 * s.qd;
+    r.divergence = s.f + nan_stays, r.pull = s.h, r.mean_d = ln2 * s.qd;
     r.student_pull = ln2 * (s.hd - s.h * s.qd), r.teacher_pull = ln2 * (s.fb - (of_degree * s.f - s.h) * s.pb);
     return r;
   }
   const T forward = first == 0 ? T(0) : kl_of_sums(s.B0, s.Bd, s.D0);
   const T reverse = second == 0 ? T(0) : kl_of_sums(s.D0, s.Dd, s.B0);
-  r.divergence = (first == 0 ? T(0) : first * forward) + (second == 0 ? T(0) : second * reverse);
+  r.divergence = (first == 0 ? T(0) : first * forward) + (second == 0 ? T(0) : second * reverse) + nan_stays;
   r.pull = (second == 0 ? T(0) : second * (1 + reverse)) - (s.B0 == 0 ? T(0) : first);
   return r;
 }
@@ -229,6 +230,8 @@ EAKD_HD LabelOdds<T> label_odds(T b, T d, T B0, T D0) {
   // The difference of whichever is small, so that nothing cancels at p_k -> 1.
   const bool high = r.odds_p > 0 && r.odds_q > 0;
   r.target = high ? sigmoid(-r.odds_p) - sigmoid(-r.odds_q) : sigmoid(r.odds_q) - sigmoid(r.odds_p);
+  // An infinite divergence does not move with a masked label.
+  if (d == T(-INFINITY)) r.target = 0;
   r.student = sigmoid(r.odds_q);
   return r;
 }
@@ -280,24 +283,26 @@ EAKD_HD RecipeNumbers<T> recipe_numbers(const Recipe& recipe, const double* taus
   for (int k = 0; k < recipe.count; ++k) {
     const TauSums<T>& sums = s.tau[k];
     TauResult<T> r = finish_columns(recipe, sums, values);
-    // In nats and not about maxima; of standardised logits, about their mean.
-    T teacher_lse = sums.B0 == 0 ? T(-INFINITY) : (my - s.teacher.mean) * teacher.tau[k] * ln2 + ln(sums.B0);
-    T student_lse = sums.D0 == 0 ? T(-INFINITY) : (mz - s.student.mean) * student.tau[k] * ln2 + ln(sums.D0);
+    // The maxima in nats; of standardised logits, about their mean.
+    const bool plain = recipe.standardize == kNoStandardize;
+    const T y_max = plain ? my / T(taus[k]) : (my - s.teacher.mean) * teacher.tau[k] * ln2;
+    const T z_max = plain ? mz / T(taus[k]) : (mz - s.student.mean) * student.tau[k] * ln2;
+    T teacher_lse = sums.B0 == 0 ? T(-INFINITY) : y_max + ln(sums.B0);
+    T student_lse = sums.D0 == 0 ? T(-INFINITY) : z_max + ln(sums.D0);
     if (recipe.decoupled()) {
       const T unbiased = (label->teacher - my) * teacher.tau[k], d = (label->student - mz) * student.tau[k];
       const T b = unbiased + label->bias * T(kLog2E);
       const LabelOdds<T> odds = label_odds(b, d, sums.B0, sums.D0);
       r = with_target(recipe, r, sums, odds, unbiased, d, values);
-      const T y = ln2 * b + (my - s.teacher.mean) * teacher.tau[k] * ln2;
-      const T z = ln2 * d + (mz - s.student.mean) * student.tau[k] * ln2;
+      const T y = ln2 * b + y_max, z = ln2 * d + z_max;
       teacher_lse = y + softplus(-odds.odds_p), student_lse = z + softplus(-odds.odds_q);
-      if (y == T(-INFINITY)) teacher_lse = sums.B0 == 0 ? y : ln(sums.B0) + (my - s.teacher.mean) * teacher.tau[k] * ln2;
-      if (z == T(-INFINITY)) student_lse = sums.D0 == 0 ? z : ln(sums.D0) + (mz - s.student.mean) * student.tau[k] * ln2;
+      if (y == T(-INFINITY)) teacher_lse = sums.B0 == 0 ? y : ln(sums.B0) + y_max;
+      if (z == T(-INFINITY)) student_lse = sums.D0 == 0 ? z : ln(sums.D0) + z_max;
     }
     out.common[kDivergence] += T(recipe.factor[k]) * r.divergence;
     out.common[kTeacherLse] = teacher_lse == T(-INFINITY) ? T(0) : teacher_lse;
     out.common[kStudentLse] = student_lse == T(-INFINITY) ? T(0) : student_lse;
-    out.common[kLsePull] = sums.D0 == 0 ? T(0) : r.mean_d + (mz - s.student.mean) * student.tau[k] * ln2;
+    out.common[kLsePull] = sums.D0 == 0 ? T(0) : r.mean_d + z_max;
     slope += T(recipe.factor[k]) * -(r.student_pull + r.teacher_pull) / T(taus[k]);
     out.student_lse_slope = -out.common[kLsePull] / T(taus[k]);
     T* numbers = out.tau[k];

@@ -118,7 +118,8 @@ class RowStatistics(Function):
 
     apply(*Rows, inplace_gradient, backend). Differentiable in student_logits (divergence, student_entropy,
     student_lse, cross_entropy) and in `temperatures` (divergence, student_lse). Saves both logits and the statistics:
-    48 bytes a row, 88 with a recipe (of one temperature; 20 each more), and 8 more for a temperature that requires grad.
+    48 bytes a row, 88 with a recipe (and 20 for every temperature after the first), 8 more where a temperature requires
+    grad.
     """
 
     @staticmethod

@@ -56,7 +56,9 @@ class _Unbounded(torch.autograd.Function):
 def _times(mass: Tensor, x: Tensor) -> Tensor:
     """mass * x, and 0 where there is no mass, whatever x is. Where x is infinite, nothing flows back of nothing."""
     infinite = x.isinf() & (mass > 0)
-    return torch.where(infinite, mass.detach(), mass) * torch.where(mass == 0, 0.0, x) + _Unbounded.apply(mass, infinite)
+    return torch.where(infinite, mass.detach(), mass) * torch.where(mass == 0, 0.0, x) + _Unbounded.apply(
+        mass, infinite
+    )
 
 
 def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:

@@ -54,8 +54,9 @@ def ea_kd_loss(
 
         kd_weight * w * tau^2 * D(p, q) + ce_weight * CE(student, label)        w = (H_T + H_T H_S / H_ub)/2
 
-    with D = KL(p || q) unless `divergence` says otherwise, and rows are averaged; weights are never part of the mean's denominator. Loss and statistics are fp32 whatever the
-    logits' dtype (fp64 if either is fp64); the gradient has the student's dtype. autocast changes nothing.
+    with D = KL(p || q) unless `divergence` says otherwise, and rows are averaged; weights are never part of the mean's
+    denominator. Loss and statistics are fp32 whatever the logits' dtype (fp64 if either is fp64); the gradient has the
+    student's dtype. autocast changes nothing.
 
     Args:
         student_logits: [..., V], fp64, fp32, bf16 or fp16.
@@ -263,9 +264,7 @@ def _row_stats(problem: Problem, loss, weight, public) -> RowStats:
         teacher_lse = student_lse = None
     if not problem.labelled:
         cross_entropy = None
-    return RowStats(
-        loss, weight, divergence, teacher_entropy, student_entropy, teacher_lse, student_lse, cross_entropy
-    )
+    return RowStats(loss, weight, divergence, teacher_entropy, student_entropy, teacher_lse, student_lse, cross_entropy)
 
 
 def _statistics(problem: Problem, options) -> RowStats:

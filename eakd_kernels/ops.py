@@ -9,6 +9,7 @@ A trailing underscore writes the gradient over the student's logits. None of the
 eakd_kernels.autograd wraps them.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -29,8 +30,8 @@ class Rows(NamedTuple):
     temperature: float
     entropy_temperature: float
     vocab_size: int  # columns used
-    recipe: list[float]  # Recipe.flat(); empty: KL(p || q) of the logits as they are
-    class_bias: Tensor | None  # [V]; added to the teacher's logits / temperature, <= 0; only with a recipe
+    recipe: Sequence[float] = ()  # Recipe.flat(); empty: KL(p || q) of the logits as they are
+    class_bias: Tensor | None = None  # [V]; added to the teacher's logits / temperature, <= 0; only with a recipe
 
 
 class Recipe(NamedTuple):
@@ -56,7 +57,7 @@ class Recipe(NamedTuple):
         return [*map(float, self[:8]), *(number for pair in pairs for number in pair)]
 
     @classmethod
-    def of(cls, flat: list[float]) -> "Recipe | None":
+    def of(cls, flat: Sequence[float]) -> "Recipe | None":
         if not flat:
             return None
         code, first, second, standardize, *rest = flat[:8]

@@ -17,7 +17,7 @@ def of_kind(*kinds):
     found = [
         name
         for name, case in CASES.items()
-        if any(case["kind"] == kind or kind.endswith("*") and case["kind"].startswith(kind[:-1]) for kind in kinds)
+        if any(case["kind"] == kind or (kind.endswith("*") and case["kind"].startswith(kind[:-1])) for kind in kinds)
     ]
     assert found, kinds
     return found

@@ -2,10 +2,10 @@
 
 import math
 
+import golden
 import pytest
 import torch
 import torch.nn.functional as F
-import golden
 from golden import CASES, of_kind
 from support import eager, leaf, make_logits, widest
 

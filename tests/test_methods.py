@@ -218,7 +218,9 @@ def test_dkd_where_the_label_is_all_there_is(gap, backend):
     generator = torch.Generator("cpu").manual_seed(2)
     student, teacher = (torch.randn(4, 20, generator=generator).to(torch.get_default_device()) for _ in range(2))
     labels = torch.arange(4, device=torch.get_default_device())
-    rest = ea_dkd_loss(student, teacher, labels, alpha=0.0, beta=1.0, temperature=1.0, weighting="none", backend=backend)
+    rest = ea_dkd_loss(
+        student, teacher, labels, alpha=0.0, beta=1.0, temperature=1.0, weighting="none", backend=backend
+    )
     at_label = torch.zeros_like(student).scatter_(-1, labels[:, None], gap)
     student, teacher = (student + at_label).requires_grad_(), teacher + at_label
     options = {"temperature": 1.0, "weighting": "none", "backend": backend}

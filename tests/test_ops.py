@@ -4,7 +4,7 @@ import pytest
 import torch
 from support import assert_same_on, make_logits, takes_fp64, widest
 
-from eakd_kernels import ops, stats
+from eakd_kernels import divergences, ops, stats
 
 
 def rule_on_device(rule):
@@ -17,6 +17,10 @@ def make_rows(dtype=torch.float32, tensors=True):
     student, teacher = (x.detach() for x in make_logits(2, 3, 50, dtype=dtype))
     if not tensors:
         return ops.Rows(student, teacher, None, None, None, 2.0, 3.0, 50)
+    if tensors == "recipe":
+        divergence = divergences.JSD(0.3).kernel()
+        recipe = ops.Recipe(*divergence, 1, 0.5, 1.0, 0.0, 20.0, (2.0, 3.0), (4.0, 9.0))
+        return ops.Rows(student, teacher, None, None, None, 2.0, 3.0, 50, recipe.flat(), -torch.rand(50))
     labels, keep = torch.randint(0, 40, (2, 3)), torch.rand(2, 3) > 0.2
     return ops.Rows(student, teacher, labels, keep, 1 + torch.rand(2, 3), 1.0, 3.0, 40)
 
@@ -28,15 +32,16 @@ RULES = [
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-@pytest.mark.parametrize("tensors", [True, False])
+@pytest.mark.parametrize("tensors", [True, False, "recipe"])
 def test_opcheck(dtype, tensors, kernels):
     if dtype == torch.float64 and not takes_fp64(kernels):
         pytest.skip("this backend takes no fp64")
     rows = make_rows(dtype, tensors)
-    statistics = ops.row_statistics(*rows, tensors, kernels)
+    slopes = tensors is True
+    statistics = ops.row_statistics(*rows, slopes, kernels)
     upstream = torch.rand(2, 3, dtype=statistics.dtype)
     check = torch.library.opcheck
-    check(ops.row_statistics, (*rows, tensors, kernels))
+    check(ops.row_statistics, (*rows, slopes, kernels))
     check(ops.row_gradient, (*rows, statistics, upstream, None, upstream, None, kernels))
     check(ops.row_gradient_, (rows[0].clone(), *rows[1:], statistics, upstream, upstream, None, None, kernels))
     for rule in map(rule_on_device, RULES):

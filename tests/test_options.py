@@ -7,7 +7,7 @@ import pickle
 import pytest
 
 import eakd_kernels
-from eakd_kernels import EAKDLoss, distill_stats, ea_kd_loss, ea_weights
+from eakd_kernels import EADKDLoss, EAKDLoss, distill_stats, ea_dkd_loss, ea_kd_loss, ea_weights
 from eakd_kernels.functional import Options
 from eakd_kernels.options import keyword_names
 
@@ -29,19 +29,23 @@ def test_public_names():
     """design, section 4: names and defaults that callers rely on."""
     assert set(eakd_kernels.__all__) >= {
         *("ea_kd_loss", "distill_stats", "ea_weights", "EAKDLoss", "divergences", "weighting", "RowStats"),
-        "available_backends",
+        *("ea_dkd_loss", "EADKDLoss", "available_backends"),
     }
     assert keywords(ea_kd_loss) == {
         **{"temperature": 1.0, "entropy_temperature": 3.0, "weighting": "ea", "entropy_bound": None},
         **{"detach_weights": True, "weight_norm": "none", "divergence": "forward_kl"},
         **{"scale_by_temperature_squared": True, "standardize": False, "teacher_class_weights": None},
+        **{"student_logit_scale": 1.0, "teacher_logit_scale": 1.0, "student_softcap": None, "teacher_softcap": None},
         **{"kd_weight": 1.0, "ce_weight": 0.0, "mask": None, "ignore_index": -100, "reduction": "mean"},
         **{"num_items": None, "vocab_size": None, "process_group": None, "inplace_gradient": False},
         **{"return_stats": False, "backend": "auto"},
     }
+    decoupled = {"alpha": 1.0, "beta": 8.0, **keywords(ea_kd_loss), "temperature": 4.0}
+    del decoupled["divergence"]
+    assert keywords(ea_dkd_loss) == decoupled
 
 
-@pytest.mark.parametrize("function", [ea_kd_loss, distill_stats, ea_weights, EAKDLoss])
+@pytest.mark.parametrize("function", [ea_kd_loss, ea_dkd_loss, distill_stats, ea_weights, EAKDLoss, EADKDLoss])
 def test_docstrings_are_there(function):
     assert len(inspect.getdoc(function)) > 200
 

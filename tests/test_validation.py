@@ -6,7 +6,15 @@ import pytest
 import torch
 from support import make_logits
 
-from eakd_kernels import EAKDLoss, available_backends, distill_stats, ea_kd_loss, ea_weights
+from eakd_kernels import (
+    EADKDLoss,
+    EAKDLoss,
+    available_backends,
+    distill_stats,
+    ea_dkd_loss,
+    ea_kd_loss,
+    ea_weights,
+)
 
 Z, Y = make_logits(2, 3, 10)
 ROWS = (2, 3)
@@ -95,11 +103,21 @@ BAD = [
     ({"detach_weights": "no"}, TypeError, "detach_weights.*no"),
     ({"ignore_index": 1.5}, TypeError, "ignore_index.*float"),
     ({"process_group": object()}, NotImplementedError, "process_group"),
-    ({"standardize": True}, NotImplementedError, "standardize"),
-    ({"teacher_class_weights": torch.ones(10)}, NotImplementedError, "teacher_class_weights"),
-    ({"temperature": (1.0, 2.0)}, NotImplementedError, "temperature as a tuple"),
-    ({"divergence": "reverse_kl"}, NotImplementedError, "reverse_kl"),
-    ({"divergence": "jeffreys"}, NotImplementedError, "jeffreys"),
+    ({"standardize": "both"}, ValueError, 'standardize.*True or "all".*both'),
+    ({"standardize": 1}, ValueError, "standardize.*got 1"),
+    ({"teacher_class_weights": torch.ones(9)}, ValueError, r"teacher_class_weights.*\(10,\).*\(9,\)"),
+    ({"teacher_class_weights": torch.zeros(10)}, ValueError, "teacher_class_weights.*> 0"),
+    ({"teacher_class_weights": torch.ones(10).long()}, TypeError, "teacher_class_weights.*int64"),
+    ({"teacher_class_weights": [1.0] * 10}, TypeError, "teacher_class_weights.*list"),
+    ({"teacher_class_weights": torch.ones(10, requires_grad=True)}, ValueError, "teacher_class_weights.*detach"),
+    ({"temperature": ()}, ValueError, "temperature.*1 to 8.*got 0"),
+    ({"temperature": (1.0,) * 9}, ValueError, "temperature.*1 to 8.*got 9"),
+    ({"temperature": (1.0, -2.0)}, ValueError, r"temperature\[1\].*-2.0"),
+    ({"student_logit_scale": 0.0}, ValueError, "student_logit_scale"),
+    ({"teacher_logit_scale": "1"}, TypeError, "teacher_logit_scale"),
+    ({"student_softcap": 0.0}, ValueError, "student_softcap.*> 0"),
+    ({"teacher_softcap": -1.0}, ValueError, "teacher_softcap"),
+    ({"divergence": 0.5}, TypeError, r"divergence.*JSD\(0.5\)"),
     ({"temprature": 2.0}, TypeError, "temprature.*did you mean 'temperature'"),
     ({"xyz": 2.0}, TypeError, "xyz.*it takes"),
 ]
@@ -133,6 +151,25 @@ def test_the_module_refuses_bad_options_when_it_is_made_or_called(given, error, 
         words = words.split(".*")[0]
     with pytest.raises(error, match=words):
         EAKDLoss(**given)(Z, Y)
+
+
+@pytest.mark.parametrize(
+    "given, error, words",
+    [
+        ({"labels": None}, ValueError, "ea_dkd_loss needs labels"),
+        ({"labels": LABELS + 1000}, ValueError, "labels"),
+        ({"alpha": -1.0}, ValueError, "alpha.*>= 0"),
+        ({"beta": "8"}, TypeError, "beta"),
+        ({"divergence": "reverse_kl"}, TypeError, "divergence"),
+        ({"gamma": 1.0}, TypeError, "gamma"),
+    ],
+)
+def test_dkd_checks_what_is_its_own(given, error, words):
+    with pytest.raises(error, match=words):
+        ea_dkd_loss(**{"student_logits": Z, "teacher_logits": Y, "labels": LABELS, **given})
+    if "labels" not in given:
+        with pytest.raises(error, match=words):
+            EADKDLoss(**given)
 
 
 def test_labels_out_of_range_matter_only_where_they_are_used():

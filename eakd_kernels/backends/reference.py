@@ -82,7 +82,10 @@ def _divergence(student: Tensor, teacher: Tensor, rows: Rows, recipe: Recipe) ->
             kind = divergences.of_code(recipe.divergence, recipe.first, recipe.second)
             value = _summed(kind, _log_softmax(y), _log_softmax(z))
         total = total + factor * value
-    return total, _logsumexp(y), _logsumexp(z)
+    teacher_lse, student_lse = _logsumexp(y), _logsumexp(z)
+    # Nothing hides NaN or +inf, no mass on the other side either.
+    wrong = ~((teacher_lse < torch.inf) & (student_lse < torch.inf))
+    return torch.where(wrong, torch.nan, total), teacher_lse, student_lse
 
 
 def _divided(logits: Tensor, temperature: float | Tensor) -> Tensor:
