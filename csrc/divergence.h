@@ -73,6 +73,16 @@ EAKD_HD V power_difference(const Column<V>& c, T x, V shift) {
   return shift == T(-INFINITY) ? V{} : (larger_p ? value : -value);
 }
 
+// mass^x, x > 0. A logarithm of 17 has lost four bits; near x = 1 the mass itself goes with what is left of the power, where
+// it has not underflowed.
+template <typename Math, typename V, typename T>
+EAKD_HD V power_of(V mass, V log2_mass, T x) {
+  if (x > 2) return Math::exp2(log2_mass * x);
+  const auto there = mass > T(1e-30);
+  const V rest = Math::exp2(log2_mass * (there ? V{} + (x - 1) : V{} + x));
+  return there ? mass * rest : rest;
+}
+
 // AlphaBeta with both powers positive, as almost everybody has them, in three exponentials: with e the larger of p and q
 // to the power s = a + b, and A, B = 1 - e^(-a |delta|), 1 - e^(-b |delta|),
 //     (p^s - q^s)/s = +-e S/s        q^b (p^a - q^a)/a = e (1 - B) A/a, or -e A/a where q is larger        S = A + B - A B
@@ -81,7 +91,7 @@ EAKD_HD Terms<V> positive_alpha_beta(const Column<V>& c, T a, T b) {
   const T s = a + b;
   const auto larger_p = c.delta > T(0);
   const V magnitude = larger_p ? c.delta : -c.delta;
-  const V e = Math::exp2((larger_p ? c.log2_p : c.log2_q) * s);
+  const V e = power_of<Math>(larger_p ? c.p : c.q, larger_p ? c.log2_p : c.log2_q, s);
   const V A = -Math::exp2m1(magnitude * (a * T(-kLog2E))), B = -Math::exp2m1(magnitude * (b * T(-kLog2E)));
   const V S = (A + B - A * B) * (1 / s), share = A * (1 / a);
   const V h = e * (larger_p ? (B - T(1)) * share : share);
@@ -115,7 +125,7 @@ EAKD_HD Terms<V> terms(const Column<V>& c, T first, T second) {
     if (first > 0 && second > 0) return positive_alpha_beta<Math>(c, first, second);
     if (second == 0) {
       const V from_a = power_difference<Math>(c, first, V{});
-      const V f = first == 0 ? T(0.5) * c.delta * c.delta : (times(Math::exp2(first * c.log2_p), c.delta) - from_a) / first;
+      const V f = first == 0 ? T(0.5) * c.delta * c.delta : (times(power_of<Math>(c.p, c.log2_p, first), c.delta) - from_a) / first;
       return {f, -from_a};
     }
     const V h = -power_difference<Math>(c, first, second * c.log2_q);

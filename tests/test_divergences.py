@@ -150,12 +150,17 @@ def call(divergence, student, teacher, labels, backend, **options):
     return ea_kd_loss(student, teacher, labels, divergence=divergence, backend=backend, **options)
 
 
-def with_class_weights(options, vocab_size):
-    weights = torch.linspace(0.2, 3.0, vocab_size).roll(7).to(torch.get_default_device())
-    return {**options, "teacher_class_weights": weights}
+def options_of(option, rows, vocab_size):
+    """OPTIONS, and those that are tensors."""
+    with torch.device(torch.get_default_device() or "cpu"):
+        tensors = {
+            "class weights": {"teacher_class_weights": torch.linspace(0.2, 3.0, vocab_size).roll(7)},
+            "a temperature for every row": {"temperature": torch.linspace(0.7, 3.0, rows), "standardize": True},
+        }
+    return tensors[option] if option in tensors else OPTIONS[option]
 
 
-@pytest.mark.parametrize("option", [*OPTIONS, "class weights"])
+@pytest.mark.parametrize("option", [*OPTIONS, "class weights", "a temperature for every row"])
 @pytest.mark.parametrize("divergence", [*DIVERGENCES[:4], d.SkewForwardKL(0.1), d.AlphaBeta(0.2, 0.7), "DKD"], ids=str)
 def test_options(divergence, option, kernels):
     """In fp32 to the error rule, with and without one pass, and with the mask, labels and padding of a real batch."""
@@ -163,10 +168,7 @@ def test_options(divergence, option, kernels):
     student, teacher = make_logits(rows, vocab_size + 3)
     labels = torch.arange(rows, device=student.device) * 7
     labels[1] = -100
-    options = OPTIONS.get(option, {})
-    if option == "class weights":
-        options = with_class_weights(options, vocab_size)
-    options = {**options, "ce_weight": 0.3, "vocab_size": vocab_size}
+    options = {**options_of(option, rows, vocab_size), "ce_weight": 0.3, "vocab_size": vocab_size}
 
     def run(dtype, backend, **more):
         z = leaf(student, dtype)
@@ -188,6 +190,22 @@ def test_options(divergence, option, kernels):
         wanted = [g.double() * scale * (rows - 1) for g in (exact_gradient, plain_gradient)]
         assert_gradient_within_rounding(gradient, *wanted)
         assert not gradient[1].any() and not gradient[:, vocab_size:].any()
+
+
+@pytest.mark.parametrize("divergence", [d.ReverseKL(), d.JSD(0.3), "DKD"], ids=str)
+@pytest.mark.parametrize("shape", [(3, 40), (2, 3, 37), (4, 4128)], ids=str)
+def test_gradient_in_place_and_strided_logits(shape, divergence, kernels):
+    student, teacher = make_logits(*shape)
+    labels = torch.arange(student[..., 0].numel(), device=student.device).reshape(shape[:-1])
+    (want,) = torch.autograd.grad(call(divergence, student, teacher, labels, kernels), student)
+    over = student * 1
+    loss = call(divergence, over, teacher, labels, kernels, inplace_gradient=True)
+    (got,) = torch.autograd.grad(loss, over)
+    assert got.data_ptr() == over.data_ptr()
+    assert torch.equal(got, want)
+    apart = torch.empty(*shape[:-1], 2 * shape[-1] + 1, device=student.device)[..., 1::2].copy_(student.detach())
+    loss = call(divergence, apart.requires_grad_(), teacher.mT.contiguous().mT, labels, kernels)
+    torch.testing.assert_close(torch.autograd.grad(loss, apart)[0], want, rtol=1e-5, atol=1e-8)
 
 
 @pytest.mark.parametrize("standardize", [False, True, "all"], ids=str)

@@ -42,7 +42,7 @@ struct OwnGradient {
 
 template <typename T>
 struct RecipeKernels {
-  // Scaled and capped columns of a row from `column` on, padded; returns their maximum.
+  // Scaled and capped columns of a row from `column` on, padded to the instruction set's vectors; returns their maximum.
   T (*load)(const LogitsView&, const char* row, int64_t column, int64_t n, T scale, T cap, T* to);
   Moments<double> (*moments)(const T* x, int64_t n);
   T (*largest)(const T* x, int64_t n);

@@ -144,6 +144,7 @@ class RecipeRow {
     return recipe_.count == 1 && recipe_.standardize == kNoStandardize && job_.class_bias == nullptr;
   }
   int64_t block_columns(int64_t begin) const { return std::min(kRecipeBlock, columns_ - begin); }
+  // Of every instruction set.
   static int64_t whole_vectors(int64_t n) { return (n + 15) / 16 * 16; }
   double rest_max(Side side) const { return about(side == kTeacher ? sums_.rest_My : sums_.rest_Mz); }
 
@@ -188,6 +189,7 @@ class RecipeRow {
       const int64_t n = block_columns(begin);
       double largest = ready ? kernels_.largest(x + begin, n)
                              : kernels_.load(view, row, begin, n, T(scale), T(cap), x + begin);
+      if (!ready) std::fill(x + begin + n, x + begin + whole_vectors(n), -T(INFINITY));
       if (recipe_.standardize != kNoStandardize) moments.merge(kernels_.moments(x + begin, whole_vectors(n)));
       all = std::max(all, largest);
       if (label >= begin && label < begin + n) {
