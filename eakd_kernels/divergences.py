@@ -10,7 +10,7 @@ be +inf: so it is for KL(p || q) where q = 0 < p.
 
 import math
 import numbers
-from dataclasses import astuple, dataclass, fields
+from dataclasses import astuple, dataclass
 from typing import ClassVar
 
 import torch
@@ -20,7 +20,8 @@ from torch import Tensor
 class Divergence:
     """A sum over columns, D(p, q) = sum_j columns_j."""
 
-    code: ClassVar[int]  # csrc/divergence.h, Kind
+    code: ClassVar[int]  # csrc/divergence.h
+    arity: ClassVar[int] = 1  # how many parameters it has
 
     def parameters(self) -> tuple[float, float]:
         """What the kernels get beside the code."""
@@ -176,6 +177,7 @@ class TotalVariation(Divergence):
     """sum_j |p_j - q_j| / 2. Its gradient takes sign(0) = 0."""
 
     code: ClassVar[int] = 4
+    arity: ClassVar[int] = 0
 
     def columns(self, log_p, log_q):
         return 0.5 * (log_p.exp() - log_q.exp()).abs()
@@ -194,6 +196,7 @@ class AlphaBeta(Divergence):
     alpha: float
     beta: float
     code: ClassVar[int] = 5
+    arity: ClassVar[int] = 2
 
     def __post_init__(self):
         for name in ("alpha", "beta"):
@@ -234,4 +237,4 @@ def of_code(code: int, first: float, second: float) -> Divergence:
     if code == Jeffreys.code:
         return ForwardKL() if second == 0 else ReverseKL() if first == 0 else Jeffreys(second)
     kind = BY_CODE[code]
-    return kind(*(first, second)[: len(fields(kind))])
+    return kind(*(first, second)[: kind.arity])

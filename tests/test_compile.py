@@ -5,7 +5,7 @@ import torch
 from support import make_logits
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from eakd_kernels import EAKDLoss, distill_stats, ea_kd_loss
+from eakd_kernels import EAKDLoss, distill_stats, divergences, ea_dkd_loss, ea_kd_loss
 
 OPTIONS = {
     "one pass": {},
@@ -15,7 +15,16 @@ OPTIONS = {
     "mean weights": {"weight_norm": "mean"},
     "callable": {"weighting": lambda stats: 1 / (1 + stats.teacher_entropy)},
     "in place": {"inplace_gradient": True},
+    "mixture": {"divergence": divergences.JSD(0.3), "temperature": (2.0, 3.0), "teacher_softcap": 30.0},
+    "standardised": {"divergence": "reverse_kl", "standardize": True, "reduction": "none"},
+    "class weights": {"teacher_class_weights": torch.linspace(0.5, 2, 50)},
+    "decoupled": {"alpha": 1.0, "beta": 2.0},
 }
+
+
+def loss_of(student, teacher, labels, **options):
+    loss = ea_dkd_loss if "alpha" in options else ea_kd_loss
+    return loss(student, teacher, labels, **options)
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
@@ -23,8 +32,10 @@ def test_compile_fullgraph(options, backend):
     student, teacher = make_logits(2, 3, 50)
     labels = torch.tensor([[1, 2, -100], [4, 5, 6]])
 
+    options = {name: x.to(student.device) if torch.is_tensor(x) else x for name, x in options.items()}
+
     def step(z, y, k):
-        return ea_kd_loss(z * 1, y, k, backend=backend, **options).sum()
+        return loss_of(z * 1, y, k, backend=backend, **options).sum()
 
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
     got, want = compiled(student, teacher, labels), step(student, teacher, labels)
@@ -54,12 +65,14 @@ def test_compile_module_and_statistics(backend):
         assert got is want is None or torch.equal(got, want)
 
 
-@pytest.mark.parametrize("options", [{}, {"reduction": "none"}, {"ce_weight": 0.5}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"reduction": "none"}, {"ce_weight": 0.5}, {"alpha": 1.0, "temperature": (2.0, 4.0)}], ids=str
+)
 def test_compile_dynamic_rows(options, backend):
     counter = CompileCounterWithBackend("aot_eager")
 
     def step(z, y, k):
-        return ea_kd_loss(z, y, k, backend=backend, **options).sum()
+        return loss_of(z, y, k, backend=backend, **options).sum()
 
     compiled = torch.compile(step, fullgraph=True, dynamic=True, backend=counter)
     for rows in (2, 3, 8, 17, 64):
