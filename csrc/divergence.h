@@ -73,8 +73,8 @@ EAKD_HD V power_difference(const Column<V>& c, T x, V shift) {
   return shift == T(-INFINITY) ? V{} : (larger_p ? value : -value);
 }
 
-// mass^x, x > 0. A logarithm of 17 has lost four bits; near x = 1 the mass itself goes with what is left of the power, where
-// it has not underflowed.
+// mass^x, x > 0. A logarithm of 17 has lost four bits; near x = 1 the mass itself goes with what is left of the power,
+// where it has not underflowed.
 template <typename Math, typename V, typename T>
 EAKD_HD V power_of(V mass, V log2_mass, T x) {
   if (x > 2) return Math::exp2(log2_mass * x);
@@ -83,9 +83,10 @@ EAKD_HD V power_of(V mass, V log2_mass, T x) {
   return there ? mass * rest : rest;
 }
 
-// AlphaBeta with both powers positive, as almost everybody has them, in three exponentials: with e the larger of p and q
-// to the power s = a + b, and A, B = 1 - e^(-a |delta|), 1 - e^(-b |delta|),
-//     (p^s - q^s)/s = +-e S/s        q^b (p^a - q^a)/a = e (1 - B) A/a, or -e A/a where q is larger        S = A + B - A B
+// AlphaBeta with both powers positive, as almost everybody has them, in three exponentials: with e the larger of p and
+// q to the power s = a + b, and A, B = 1 - e^(-a |delta|), 1 - e^(-b |delta|),
+//     (p^s - q^s)/s = +-e S/s        q^b (p^a - q^a)/a = e (1 - B) A/a, or -e A/a where q is larger        S = A + B -
+//     A B
 template <typename Math, typename V, typename T>
 EAKD_HD Terms<V> positive_alpha_beta(const Column<V>& c, T a, T b) {
   const T s = a + b;
@@ -125,7 +126,8 @@ EAKD_HD Terms<V> terms(const Column<V>& c, T first, T second) {
     if (first > 0 && second > 0) return positive_alpha_beta<Math>(c, first, second);
     if (second == 0) {
       const V from_a = power_difference<Math>(c, first, V{});
-      const V f = first == 0 ? T(0.5) * c.delta * c.delta : (times(power_of<Math>(c.p, c.log2_p, first), c.delta) - from_a) / first;
+      const V f = first == 0 ? T(0.5) * c.delta * c.delta
+                             : (times(power_of<Math>(c.p, c.log2_p, first), c.delta) - from_a) / first;
       return {f, -from_a};
     }
     const V h = -power_difference<Math>(c, first, second * c.log2_q);

@@ -4,8 +4,8 @@
 // A row goes through up to four sweeps, and nothing but sums over columns leaves a sweep:
 //     moments    mean and deviation of both sides       where logits are standardised
 //     sums       maxima, entropies, B0 and D0 at every temperature, and for the KL family what its value needs
-//     values     sum of f and h (divergence.h), and the moments of h    for other divergences, or where pulls are wanted
-//     gradient
+//     values     sum of f and h (divergence.h), and the moments of h    for other divergences, or where pulls are
+//     wanted gradient
 // x are logits, scaled and capped; u = (x - mean)/(deviation + 1e-7) where they are standardised, else u = x. With the
 // maxima My, Mz of x over the columns of the divergence (all but the label where that is apart: the "rest"),
 //     b = (y - My) log2(e)/tau [/(teacher_deviation + 1e-7)] + class bias log2(e)        d likewise of the student
@@ -70,9 +70,7 @@ struct Recipe {
   // Whether h is -p, so that the gradient needs no logarithms.
   EAKD_HD bool is_linear() const { return is_kl() && second_of_columns() == 0; }
   EAKD_HD bool wants_values(bool pulls) const { return pulls || !is_kl(); }
-  EAKD_HD int fields(bool slopes) const {
-    return kNumRecipeFields + count * kNumTauFields + (slopes ? 2 : 0);
-  }
+  EAKD_HD int fields(bool slopes) const { return kNumRecipeFields + count * kNumTauFields + (slopes ? 2 : 0); }
 };
 
 namespace {
@@ -134,7 +132,7 @@ struct RecipeSums {
   // maxima of x over all columns, and over those of the divergence
   T My = T(-INFINITY), Mz = T(-INFINITY), rest_My = T(-INFINITY), rest_Mz = T(-INFINITY);
   T A0 = 0, A1 = 0, E0 = 0, E1 = 0, F0 = 0;  // as in row_state.h, about My and Mz
-  T E2 = 0;                              // S e^2 2^e, where entropies are standardised
+  T E2 = 0;                                  // S e^2 2^e, where entropies are standardised
   Moments<T> student, teacher;
   TauSums<T> tau[kMostTemperatures];
 };
@@ -170,11 +168,13 @@ EAKD_HD T mass_times(T mass, T x) {
 // none, and NaN stays.
 template <typename T>
 EAKD_HD T kl_of_sums(T mass, T first_moment, T other) {
-  return mass == 0 ? T(0) * other : other == 0 ? T(INFINITY) * mass : T(kLn2) * (first_moment / mass) + ln(other / mass);
+  return mass == 0    ? T(0) * other
+         : other == 0 ? T(INFINITY) * mass
+                      : T(kLn2) * (first_moment / mass) + ln(other / mass);
 }
 
-// A column that was not in the sums of one side, about `centre`, the maximum of those that were: afterwards they are about
-// the larger of the two. second, hard: S e^2 2^e and the sum at temperature 1, where there are such.
+// A column that was not in the sums of one side, about `centre`, the maximum of those that were: afterwards they are
+// about the larger of the two. second, hard: S e^2 2^e and the sum at temperature 1, where there are such.
 template <typename T>
 EAKD_HD void add_column(T centre, T x, T k, T* sum, T* first, T* second = nullptr, T* hard = nullptr) {
   if (x == T(-INFINITY)) return;
@@ -268,9 +268,9 @@ EAKD_HD T about(T m) {
 
 // taus: the row's temperatures. label: its column, null without one. values: whether the sweep of values ran.
 template <typename T>
-EAKD_HD RecipeNumbers<T> recipe_numbers(const Recipe& recipe, const double* taus, double t, const SideScales<T>& teacher,
-                                        const SideScales<T>& student, const RecipeSums<T>& s,
-                                        const LabelColumn<T>* label, bool values) {
+EAKD_HD RecipeNumbers<T> recipe_numbers(const Recipe& recipe, const double* taus, double t,
+                                        const SideScales<T>& teacher, const SideScales<T>& student,
+                                        const RecipeSums<T>& s, const LabelColumn<T>* label, bool values) {
   const T ln2 = T(kLn2), my = about(s.rest_My), mz = about(s.rest_Mz);
   RecipeNumbers<T> out;
   // Entropies and cross-entropy come out of row_state.h's own formulas.

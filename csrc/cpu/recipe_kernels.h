@@ -36,13 +36,14 @@ struct Normalisers {
 template <typename T>
 struct OwnGradient {
   RecipeBasis<T> basis;
-  T mz, k_t;         // of the entropy's exponents and of the hard ones
-  T scale, cap;      // of the student's logits; cap 0: none
+  T mz, k_t;     // of the entropy's exponents and of the hard ones
+  T scale, cap;  // of the student's logits; cap 0: none
 };
 
 template <typename T>
 struct RecipeKernels {
-  // Scaled and capped columns of a row from `column` on, padded to the instruction set's vectors; returns their maximum.
+  // Scaled and capped columns of a row from `column` on, padded to the instruction set's vectors; returns their
+  // maximum.
   T (*load)(const LogitsView&, const char* row, int64_t column, int64_t n, T scale, T cap, T* to);
   Moments<double> (*moments)(const T* x, int64_t n);
   T (*largest)(const T* x, int64_t n);

@@ -196,8 +196,8 @@ void add_values(TauSums<double>& s, const RecipeBlock<T>& block, const Normalise
 }
 
 template <typename T>
-void values(TauSums<double>& s, const RecipeBlock<T>& block, const Normalisers<T>& by, const Recipe& recipe,
-            bool pulls, T* keep_h) {
+void values(TauSums<double>& s, const RecipeBlock<T>& block, const Normalisers<T>& by, const Recipe& recipe, bool pulls,
+            T* keep_h) {
   const T first = T(recipe.first_of_columns()), second = T(recipe.second_of_columns());
   const T of_degree = T(degree(recipe.divergence, recipe.first, recipe.second));
   with_kind(recipe.divergence, [&](auto kind) {
@@ -227,14 +227,12 @@ void add_gradient(T* g, const RecipeBlock<T>& block, const Normalisers<T>& by, c
     const T p = c == 0 ? T(0) : -c * a * by.inverse_B0;
     return with_power(block.power, [&](auto power_of) {
       constexpr int P = decltype(power_of)::value;
-      add_columns(g, block.n, first, [&](int64_t i) {
-        return by_D0 * power<P>(load(block.ed + i)) + p * power<P>(load(block.eb + i));
-      });
+      add_columns(g, block.n, first,
+                  [&](int64_t i) { return by_D0 * power<P>(load(block.ed + i)) + p * power<P>(load(block.eb + i)); });
     });
   }
   if (kept_h != nullptr)
-    return add_columns(g, block.n, first,
-                       [&](int64_t i) { return c * load(kept_h + i) + by_D0 * load(block.ed + i); });
+    return add_columns(g, block.n, first, [&](int64_t i) { return c * load(kept_h + i) + by_D0 * load(block.ed + i); });
   with_kind(recipe.divergence, [&](auto kind) {
     add_columns(g, block.n, first, [&](int64_t i) {
       const Column<Vec<T>> column = column_at(block, by, Exponents<T>(block, i), i);
@@ -280,10 +278,20 @@ void store_recipe_columns(const LogitsView& v, char* row, int64_t column, int64_
 }
 
 template <typename T>
-constexpr RecipeKernels<T> recipe_kernels = {
-    load_recipe_columns<T>, block_moments<T>, largest<T>,   exponentials<T>, raise_exponentials<T>,
-    side_sums<T>,           sum_of<T>,        fused_sums<T>, kl_sums<T>,      values<T>,
-    reverse_sum<T>,         add_gradient<T>,        finish_gradient<T>, store_recipe_columns<T>};
+constexpr RecipeKernels<T> recipe_kernels = {load_recipe_columns<T>,
+                                             block_moments<T>,
+                                             largest<T>,
+                                             exponentials<T>,
+                                             raise_exponentials<T>,
+                                             side_sums<T>,
+                                             sum_of<T>,
+                                             fused_sums<T>,
+                                             kl_sums<T>,
+                                             values<T>,
+                                             reverse_sum<T>,
+                                             add_gradient<T>,
+                                             finish_gradient<T>,
+                                             store_recipe_columns<T>};
 
 }  // namespace
 }  // namespace eakd

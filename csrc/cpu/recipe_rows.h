@@ -63,7 +63,7 @@ struct RecipeJob {
   Recipe recipe;
   double t;
   bool slopes = false;
-  bool per_row = false;                 // a temperature for every row in the place of the recipe's one
+  bool per_row = false;                // a temperature for every row in the place of the recipe's one
   const double* class_bias = nullptr;  // [vocab_size], nats
 
   bool pulls() const { return slopes || recipe.standardize != kNoStandardize; }
@@ -164,7 +164,8 @@ class RecipeRow {
     const bool shares_entropies = recipe_.standardize != kStandardizeDivergence;
     all[recipe_.count] = job_.t;
     bases_ = SharedBases(all, fuses() ? 1 : recipe_.count + shares_entropies);
-    if (fuses()) bases_.power[0] = 1, bases_.base[0] = taus_[0];
+    if (fuses())
+      bases_.power[0] = 1, bases_.base[0] = taus_[0];
     else if (!shares_entropies) {
       bases_.base[bases_.count] = job_.t;
       bases_.of[recipe_.count] = bases_.count++, bases_.power[recipe_.count] = 1;
@@ -187,8 +188,8 @@ class RecipeRow {
     Moments<double>& moments = side == kTeacher ? sums_.teacher : sums_.student;
     for (int64_t begin = 0; begin < columns_; begin += kRecipeBlock) {
       const int64_t n = block_columns(begin);
-      double largest = ready ? kernels_.largest(x + begin, n)
-                             : kernels_.load(view, row, begin, n, T(scale), T(cap), x + begin);
+      double largest =
+          ready ? kernels_.largest(x + begin, n) : kernels_.load(view, row, begin, n, T(scale), T(cap), x + begin);
       if (!ready) std::fill(x + begin + n, x + begin + whole_vectors(n), -T(INFINITY));
       if (recipe_.standardize != kNoStandardize) moments.merge(kernels_.moments(x + begin, whole_vectors(n)));
       all = std::max(all, largest);
@@ -360,9 +361,12 @@ class RecipeRow {
     const bool here = labelled_ && label >= 0 && label < columns;
     if (here && recipe_.decoupled()) g[label] = T(at_label), z[label] = T(label_[kStudent]);
     const RecipeBasis<double>& c = own.basis;
-    const OwnGradient<T> rounded = {{T(c.inverse), T(c.constant), T(c.linear), T(c.mean), T(c.entropy),
-                                     T(c.entropy_shift), T(c.hard), T(c.label)},
-                                    T(own.mz), T(own.k_t), T(own.scale), T(own.cap)};
+    const OwnGradient<T> rounded = {
+        {T(c.inverse), T(c.constant), T(c.linear), T(c.mean), T(c.entropy), T(c.entropy_shift), T(c.hard), T(c.label)},
+        T(own.mz),
+        T(own.k_t),
+        T(own.scale),
+        T(own.cap)};
     kernels_.finish_gradient(g, z, n, rounded);
     if (here && own.basis.label != 0) {
       const double share = own.cap == 0 ? 0 : label_[kStudent] / own.cap;

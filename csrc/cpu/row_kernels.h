@@ -75,8 +75,8 @@ struct RowKernels {
 // One per instruction set that the compiler targeted; null where it is not of this architecture.
 struct KernelTables {
   const char* name;
-  const void* fp32;  // RowKernels<float>
-  const void* fp64;  // RowKernels<double>
+  const void* fp32;         // RowKernels<float>
+  const void* fp64;         // RowKernels<double>
   const void* recipe_fp32;  // RecipeKernels<float>
   const void* recipe_fp64;  // RecipeKernels<double>
 };

@@ -4,6 +4,7 @@
 
 #include "job.h"
 #include "plan.h"
+#include "recipe_job.h"
 
 namespace eakd {
 namespace cuda {
@@ -33,6 +34,7 @@ int eakd_launch_stream(const eakd::cuda::RowJob*, const eakd::cuda::Plan*, eakd:
                        void* stream);
 int eakd_launch_gradient(const eakd::cuda::RowJob*, const eakd::cuda::Plan*, eakd::cuda::Dtypes, bool entropy,
                          void* stream);
+int eakd_launch_recipe(const eakd::cuda::RecipeJob*, const eakd::cuda::Plan*, eakd::cuda::Dtypes, void* stream);
 // out = factor * gradient, as job.gradient and job.student.
 int eakd_launch_scale(const eakd::cuda::RowJob*, const eakd::cuda::Plan*, eakd::cuda::Dtypes, const float* factor,
                       bool in_place, void* stream);

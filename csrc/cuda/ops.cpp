@@ -86,7 +86,8 @@ class Rows {
   Dtypes dtypes;
 
   Rows(const Tensor& student, const Tensor& teacher, const OptionalTensor& labels, const OptionalTensor& keep,
-       const OptionalTensor& temperatures, double temperature, double entropy_temperature, int64_t vocab_size)
+       const OptionalTensor& temperatures, double temperature, double entropy_temperature, int64_t vocab_size,
+       at::ArrayRef<double> recipe, const OptionalTensor& class_bias)
       : dtypes(dtypes_of(student, teacher)), student_(student), teacher_(teacher), on_device_(student) {
     check_rows(student, teacher, vocab_size);
     leading_ = student.sizes().slice(0, student.dim() - 1).vec();
@@ -107,7 +108,19 @@ class Rows {
     problem_.student_bytes = static_cast<int>(student.element_size());
     problem_.teacher_bytes = static_cast<int>(teacher.element_size());
     problem_.rows = rows, problem_.vocab_size = job.vocab_size;
+    if (recipe.empty()) return;
+    recipe_ = Recipe::parse(recipe);
+    TORCH_CHECK(recipe_->count >= 1 && recipe_->count <= kMostTemperatures, "a recipe has 1 to ", kMostTemperatures,
+                " temperatures, got ", recipe_->count);
+    if (class_bias.has_value()) {
+      held_.push_back(class_bias->to(student.device(), at::kFloat).contiguous());
+      TORCH_CHECK(held_.back().numel() >= vocab_size, "class_bias must have ", vocab_size, " entries");
+      class_bias_ = held_.back().const_data_ptr<float>();
+    }
+    problem_.recipe = true;
   }
+
+  const Recipe* recipe() const { return recipe_.has_value() ? &*recipe_ : nullptr; }
 
   // One value a row; a tensor of one value serves every row. Whatever had to be made for that lives as long as this.
   template <typename T>
@@ -146,9 +159,17 @@ class Rows {
     for (;;) {
       const Plan found = plan(operation, wanted);
       const int error = start(found);
-      if (error != kNothingFits || found.cluster == 1 || !wanted.empty()) return check(error, found);
+      const bool insists = !wanted.empty() && !problem_.recipe;
+      if (error != kNothingFits || found.cluster == 1 || insists) return check(error, found);
       largest_cluster_ = found.cluster / 2;
     }
+  }
+
+  void run_recipe(Operation operation, const std::string& wanted) {
+    run(operation, wanted, [&](const Plan& plan) {
+      const RecipeJob recipe_job(job, operation, *recipe_, class_bias_);
+      return eakd_launch_recipe(&recipe_job, &plan, dtypes, stream());
+    });
   }
 
   const OnDeviceOf& on_device() const { return on_device_; }
@@ -160,6 +181,8 @@ class Rows {
   std::vector<int64_t> leading_;
   OnDeviceOf on_device_;
   Problem problem_;
+  std::optional<Recipe> recipe_;
+  const float* class_bias_ = nullptr;
   int largest_cluster_ = kMaxCluster;
 };
 
@@ -206,6 +229,11 @@ Plan Rows::plan(Operation operation, const std::string& wanted) {
 Tensor row_statistics(EAKD_ROW_PARAMETERS, bool temperature_slopes, const std::string& wanted) {
   Rows rows(EAKD_ROW_ARGUMENTS);
   rows.job.slopes = temperature_slopes;
+  if (const Recipe* recipe = rows.recipe()) {
+    Tensor out = rows.new_statistics(recipe->fields(temperature_slopes));
+    rows.run_recipe(Operation::kRowStatistics, wanted);
+    return out;
+  }
   Tensor out = rows.new_statistics(temperature_slopes ? kNumStatisticsWithSlopes : kNumStatistics);
   rows.run(Operation::kRowStatistics, wanted, [&](const Plan& plan) {
     return plan.kernel == Kernel::kSmall ? eakd_launch_small(&rows.job, &plan, rows.dtypes, false, rows.stream())
@@ -223,6 +251,7 @@ void row_gradient(EAKD_ROW_PARAMETERS, const Tensor& statistics, EAKD_UPSTREAM_P
   rows.job.upstream = {
       rows.per_row<float>(grad_divergence, at::kFloat), rows.per_row<float>(grad_student_entropy, at::kFloat),
       rows.per_row<float>(grad_student_lse, at::kFloat), rows.per_row<float>(grad_cross_entropy, at::kFloat)};
+  if (rows.recipe() != nullptr) return rows.run_recipe(Operation::kRowGradient, wanted);
   if (!grad_cross_entropy.has_value()) rows.job.hard = kNoHardSum;
   rows.run(Operation::kRowGradient, wanted, [&](const Plan& plan) {
     return eakd_launch_gradient(&rows.job, &plan, rows.dtypes, grad_student_entropy.has_value(), rows.stream());
@@ -240,14 +269,18 @@ std::tuple<Tensor, Tensor> one_pass(EAKD_ROW_PARAMETERS, EAKD_RULE_PARAMETERS, c
   job.denominator = rows.per_row<float>(denominator, at::kFloat).data;
   Tensor out = rows.new_statistics(kNumLossStatistics);
   Tensor loss = at::empty({}, out.options());
-  rows.run(Operation::kOnePass, wanted, [&](const Plan& plan) {
-    switch (plan.kernel) {
-      case Kernel::kSmall: return eakd_launch_small(&job, &plan, rows.dtypes, true, rows.stream());
-      case Kernel::kResident: return eakd_launch_resident(&job, &plan, rows.dtypes, rows.stream());
-      case Kernel::kRing: return eakd_launch_ring(&job, &plan, rows.dtypes, rows.stream());
-      default: return eakd_launch_stream(&job, &plan, rows.dtypes, true, rows.stream());
-    }
-  });
+  if (rows.recipe() != nullptr) {
+    rows.run_recipe(Operation::kOnePass, wanted);
+  } else {
+    rows.run(Operation::kOnePass, wanted, [&](const Plan& plan) {
+      switch (plan.kernel) {
+        case Kernel::kSmall: return eakd_launch_small(&job, &plan, rows.dtypes, true, rows.stream());
+        case Kernel::kResident: return eakd_launch_resident(&job, &plan, rows.dtypes, rows.stream());
+        case Kernel::kRing: return eakd_launch_ring(&job, &plan, rows.dtypes, rows.stream());
+        default: return eakd_launch_stream(&job, &plan, rows.dtypes, true, rows.stream());
+      }
+    });
+  }
   const Total total = {job.out + job.at(kLoss, 0), job.rows, job.scale, job.denominator, loss.data_ptr<float>()};
   check(eakd_launch_total(&total, rows.stream()), Plan());
   return {loss, out};
@@ -255,7 +288,7 @@ std::tuple<Tensor, Tensor> one_pass(EAKD_ROW_PARAMETERS, EAKD_RULE_PARAMETERS, c
 
 // out = gradient * factor, rounded once; in place by exactly 1, which only the device knows, nothing at all.
 void scale_gradient(const Tensor& gradient, const Tensor& factor, const Tensor& out) {
-  Rows rows(gradient, gradient, {}, {}, {}, 1, 1, std::max<int64_t>(gradient.size(-1), 1));
+  Rows rows(gradient, gradient, {}, {}, {}, 1, 1, std::max<int64_t>(gradient.size(-1), 1), {}, {});
   rows.set_gradient(out);
   const PerRow<float> by = rows.per_row<float>(factor, at::kFloat);
   const bool in_place = out.data_ptr() == gradient.data_ptr();

@@ -7,10 +7,24 @@
 
 namespace eakd {
 namespace cuda {
+
+const char* name_of(Kernel kernel) {
+  switch (kernel) {
+    case Kernel::kSmall: return "small";
+    case Kernel::kResident: return "resident";
+    case Kernel::kRing: return "ring";
+    case Kernel::kStream: return "stream";
+    case Kernel::kGradient: return "gradient";
+    case Kernel::kRecipe: return "recipe";
+  }
+  return "";
+}
+
 namespace {
 
 constexpr int64_t kFastestStages = 3;  // of a ring, below which loads do not keep ahead
 constexpr int64_t kRowsToKeepAhead = 4;
+constexpr int64_t kReservedShared = 1024;  // of a block, by the system
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int whole_warps(int64_t threads) { return static_cast<int>(divide_up(threads, kWarp) * kWarp); }
@@ -114,13 +128,58 @@ bool plan_gradient(Plan& plan, const Problem& problem, const Device& device) {
   return true;
 }
 
+// staged: rows are kept in shared memory.
+bool plan_recipe(Plan& plan, const Problem& problem, const Device& device, int cluster, bool staged,
+                 int64_t shared_bytes) {
+  if (!allows_cluster(device, cluster)) return false;
+  plan = Plan();
+  plan.kernel = Kernel::kRecipe;
+  plan.width = problem.alike ? problem.vector() : 1;
+  plan.cluster = cluster;
+  const int64_t vectors = problem.vocab_size / plan.width;
+  plan.threads = std::clamp(whole_warps(divide_up(vectors, int64_t(cluster) * 4)), kWarp, kRecipeThreads);
+  plan.shared_bytes = kRecipeSpace;
+  if (staged) {
+    const int64_t of_tile = plan.width > 1 ? 1 : 4;
+    plan.slice = static_cast<int>(divide_up(vectors, plan.threads * cluster * of_tile) * of_tile);
+    plan.shared_bytes +=
+        int64_t(plan.slice) * plan.threads * plan.width * (problem.student_bytes + problem.teacher_bytes);
+  }
+  set_blocks(plan, problem, device, kThreadsOfProcessor / plan.threads);
+  return plan.shared_bytes <= shared_bytes;
+}
+
+// Rows in shared memory, of two CTAs a processor if they can be, so that one loads while the other computes.
+Plan best_recipe(const Problem& problem, const Device& device, int few_rows) {
+  Plan plan;
+  while (!allows_cluster(device, few_rows))
+    few_rows /= 2;
+  if (problem.operation != Operation::kRowGradient) {
+    for (const int64_t shared_bytes : {device.shared_bytes / 2 - kReservedShared, device.shared_bytes})
+      for (int cluster = few_rows; cluster <= kMaxCluster; cluster *= 2)
+        if (plan_recipe(plan, problem, device, cluster, true, shared_bytes)) return plan;
+  }
+  const bool again = problem.operation != Operation::kRowGradient;
+  const int cluster = again ? std::max(few_rows, cluster_for_cache(problem, device)) : few_rows;
+  if (!plan_recipe(plan, problem, device, cluster, false, device.shared_bytes))
+    plan_recipe(plan, problem, device, 1, false, device.shared_bytes);
+  return plan;
+}
+
+// Clusters until every processor has something to do.
+int cluster_of_few_rows(const Problem& problem, const Device& device) {
+  int cluster = 1;
+  while (cluster < 8 && problem.rows * cluster * 2 <= device.processors && problem.vocab_size / cluster > 8192)
+    cluster *= 2;
+  return cluster;
+}
+
 // docs/performance.md counts what decides here. None of it has been measured yet.
 Plan best_plan(const Problem& problem, const Device& device) {
+  const int few_rows = cluster_of_few_rows(problem, device);
+  if (problem.recipe) return best_recipe(problem, device, few_rows);
   Plan plan;
   if (plan_gradient(plan, problem, device) || plan_small(plan, problem)) return plan;
-  int few_rows = 1;  // clusters until every processor has something to do
-  while (few_rows < 8 && problem.rows * few_rows * 2 <= device.processors && problem.vocab_size / few_rows > 8192)
-    few_rows *= 2;
   for (int cluster = few_rows; cluster <= kMaxCluster; cluster *= 2) {
     const int64_t clusters = std::max(1, device.processors / cluster);
     const bool ahead = problem.rows >= kRowsToKeepAhead * clusters;
@@ -138,26 +197,20 @@ Plan best_plan(const Problem& problem, const Device& device) {
   return plan;
 }
 
+void check_name(const std::string& kernel) {
+  for (const Kernel known : {Kernel::kSmall, Kernel::kResident, Kernel::kRing, Kernel::kStream})
+    if (kernel == name_of(known)) return;
+  throw std::invalid_argument("there is no kernel \"" + kernel + "\"; there are small, resident, ring and stream");
+}
+
 bool plan_wanted(Plan& plan, const Problem& problem, const Device& device, const std::string& kernel, int cluster) {
   if (kernel == "small") return cluster == 1 && plan_small(plan, problem);
   if (kernel == "resident") return plan_resident(plan, problem, device, cluster);
   if (kernel == "ring") return plan_ring(plan, problem, device, cluster, 2);
-  if (kernel == "stream") return plan_stream(plan, problem, device, cluster);
-  throw std::invalid_argument("there is no kernel \"" + kernel + "\"; there are small, resident, ring and stream");
+  return plan_stream(plan, problem, device, cluster);
 }
 
 }  // namespace
-
-const char* name_of(Kernel kernel) {
-  switch (kernel) {
-    case Kernel::kSmall: return "small";
-    case Kernel::kResident: return "resident";
-    case Kernel::kRing: return "ring";
-    case Kernel::kStream: return "stream";
-    case Kernel::kGradient: return "gradient";
-  }
-  return "";
-}
 
 Plan make_plan(const Problem& problem, const Device& device, const std::string& wanted) {
   if (wanted.empty() || !has_other_kernels(problem)) return best_plan(problem, device);
@@ -167,10 +220,16 @@ Plan make_plan(const Problem& problem, const Device& device, const std::string& 
   const bool exact = colon == std::string::npos || wanted == kernel + ":" + std::to_string(cluster);
   if (!exact || (cluster != 1 && cluster != 2 && cluster != 4 && cluster != 8 && cluster != 16))
     throw std::invalid_argument("a cluster has 1, 2, 4, 8 or 16 blocks, got \"" + wanted + "\"");
+  check_name(kernel);
   Plan plan;
+  const bool keeps_rows = kernel == "resident" || kernel == "ring";
+  if (problem.recipe) {  // one kernel that can keep rows or not; what it cannot follow is for others
+    const bool follows =
+        kernel != "small" && plan_recipe(plan, problem, device, cluster, keeps_rows, device.shared_bytes);
+    return follows ? plan : best_plan(problem, device);
+  }
   // These keep a row for its gradient, and are for nothing else; statistics go their usual way.
-  const bool statistics = problem.operation == Operation::kRowStatistics;
-  if (statistics && (kernel == "resident" || kernel == "ring")) return best_plan(problem, device);
+  if (problem.operation == Operation::kRowStatistics && keeps_rows) return best_plan(problem, device);
   if (!plan_wanted(plan, problem, device, kernel, cluster)) {
     const Plan best = best_plan(problem, device);
     throw std::invalid_argument("EAKD_CUDA_PLAN=\"" + wanted + "\" cannot take rows of " +

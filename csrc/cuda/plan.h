@@ -14,7 +14,8 @@ enum class Operation { kRowStatistics, kRowGradient, kOnePass, kScaleGradient };
 // ring       a CTA or a cluster a row, in shared memory    ring_rows.cuh
 // stream     a CTA or a cluster a row, from memory         stream_rows.cuh
 // gradient   a warp a stretch of a row                     row_gradient.cuh
-enum class Kernel { kSmall, kResident, kRing, kStream, kGradient };
+// recipe     a CTA or a cluster a row                      recipe_rows.cuh
+enum class Kernel { kSmall, kResident, kRing, kStream, kGradient, kRecipe };
 const char* name_of(Kernel kernel);
 
 struct Device {
@@ -34,6 +35,7 @@ struct Problem {
   bool gradient_alike = true;  // and so do those of the gradient
   bool whole = true;           // all of them begin with a whole vector and end with one
   bool slopes = false;
+  bool recipe = false;  // more than KL(p || q) at one temperature
 
   // Columns a vector of 16 bytes of the wider logits has.
   int vector() const { return 16 / (student_bytes > teacher_bytes ? student_bytes : teacher_bytes); }
@@ -44,12 +46,13 @@ struct Plan {
   int width = 1;  // columns a load
   int cluster = 1, threads = 0;
   int lanes = 0;              // small: threads a row
-  int stages = 0, slice = 0;  // ring: of so many vectors
+  int stages = 0, slice = 0;  // ring: of so many vectors; recipe: vectors that a thread keeps
   int64_t shared_bytes = 0, blocks = 0;
 };
 
 // `wanted`: "" or a kernel's name, with ":" and a cluster's size behind it if that matters, "resident:8". Throws
-// std::invalid_argument where that kernel cannot take the problem.
+// std::invalid_argument where that kernel cannot take the problem. Recipes have a kernel of their own, and go their
+// usual way where it cannot keep rows as "resident" and "ring" do, or read them again as "stream" does.
 Plan make_plan(const Problem& problem, const Device& device, const std::string& wanted);
 
 }  // namespace cuda

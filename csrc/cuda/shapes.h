@@ -22,6 +22,9 @@ constexpr int kStreamThreads = 256;
 constexpr int kRingThreads = 512, kMostStages = 4;
 constexpr int kRingSpace = 2176;  // bytes before the first stage
 
+constexpr int kRecipeThreads = 256;
+constexpr int kRecipeSpace = 4096;  // bytes before the row
+
 constexpr int kGradientThreads = 256;
 constexpr int kStretch = 8;  // vectors a lane of row_gradient.cuh takes
 

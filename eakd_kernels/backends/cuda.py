@@ -90,7 +90,9 @@ def launch_plan(
     cluster may have. An A100: capability=80, processors=108, shared_bytes=166912, l2_bytes=40 << 20.
 
     Calls that cannot take one pass (fp16 students, reduction="none", weight_norm="mean", callables, live weights and
-    temperatures) are row statistics, and a gradient kernel whose plan has no choices.
+    temperatures) are row statistics, and a gradient kernel whose plan has no choices. Other divergences than KL(p || q)
+    at one temperature, and standardised, capped, scaled or weighted logits, have one kernel for all of it, which
+    EAKD_CUDA_PLAN can tell to keep rows in shared memory ("resident") or to read them again ("stream").
 
     Returns kernel ("small", "resident", "ring" or "stream"), width (columns a load), cluster (blocks that share a row),
     threads (a block), blocks (at most: the device may run fewer at once, and smaller clusters where these do not fit),

@@ -18,6 +18,7 @@ PARAMETERS = {
     "ring_rows": ("multiple", "student", "teacher", "width"),
     "stream_rows": ("one_pass", "multiple", "student", "teacher", "width"),
     "row_gradient": ("entropy", "student", "teacher", "width"),
+    "recipe_rows": ("student", "teacher", "width"),
     "scale": ("student", "width"),
     "total": (),
 }

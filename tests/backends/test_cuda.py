@@ -6,7 +6,7 @@ import pytest
 import torch
 from support import assert_gradient_within_rounding, assert_within_error_rule, make_logits
 
-from eakd_kernels import available_backends, ea_kd_loss
+from eakd_kernels import available_backends, divergences, ea_kd_loss
 from eakd_kernels.backends import cuda
 
 EMULATED = cuda.EMULATOR is not None
@@ -135,6 +135,83 @@ def test_rows_of_one_stride_beside_rows_of_two(length, alike, monkeypatch):
     got = loss_and_gradient(student, teacher)[1]
     want = loss_and_gradient(student.float(), teacher.float(), backend="reference")[1]
     torch.testing.assert_close(got.float(), want, rtol=2**-7, atol=1e-9)
+
+
+# ---- recipes -----------------------------------------------------------------------------------------------------
+
+RECIPE = {
+    "divergence": divergences.JSD(0.3),
+    "temperature": (1.0, 2.0, 4.0),
+    "teacher_softcap": 20.0,
+    "scale_by_temperature_squared": False,
+}
+
+
+def assert_recipe_is_right(student, teacher, **options):
+    stats, gradient = loss_and_gradient(student, teacher, **RECIPE, **options)
+    exact, baseline = (
+        loss_and_gradient(student.to(wide), teacher.to(wide), backend="reference", **RECIPE, **options)
+        for wide in (torch.float64, torch.float32)
+    )
+    values = (each.divergence for each in (stats, exact[0], baseline[0]))
+    assert_within_error_rule(*values, student.shape[-1])
+    assert_gradient_within_rounding(gradient, exact[1], baseline[1])
+
+
+@runs
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_recipes_whatever_the_plan(plan, dtype, monkeypatch):
+    """Names of kernels that are not for recipes, or that cannot take such rows, do not stop them."""
+    monkeypatch.setenv("EAKD_CUDA_PLAN", plan)
+    assert_recipe_is_right(*make_logits(6, 3001, dtype=dtype), mask=torch.tensor([1, 1, 0, 1, 1, 1]).bool())
+
+
+@emulated
+@pytest.mark.parametrize("vocab_size", [100, 30_000])
+def test_recipes_without_clusters(vocab_size):
+    LIBRARY.eakd_emulator_device(80, 2)
+    try:
+        assert_recipe_is_right(*make_logits(4, vocab_size))
+    finally:
+        LIBRARY.eakd_emulator_device(90, 2)
+
+
+@runs
+@pytest.mark.parametrize("plan", ["resident", "resident:4", "stream", "stream:4"])
+def test_the_same_bits_of_a_recipe(plan, monkeypatch):
+    student, teacher = make_logits(3, 5003)
+    monkeypatch.setenv("EAKD_CUDA_PLAN", plan)
+    results = []
+    for seed in (0, 2**64 - 1, 7):
+        if EMULATED:
+            LIBRARY.eakd_emulator_schedule(ctypes.c_uint64(seed))
+        results.append(loss_and_gradient(student, teacher, **RECIPE))
+    if EMULATED:
+        LIBRARY.eakd_emulator_schedule(ctypes.c_uint64(0))
+    for stats, gradient in results[1:]:
+        assert torch.equal(gradient, results[0][1])
+        assert torch.equal(stats.loss, results[0][0].loss)
+
+
+@emulated
+def test_launches_of_a_recipe():
+    student, teacher = make_logits(8, 1000)
+    before = LIBRARY.eakd_emulator_launches()
+    ea_kd_loss(student, teacher, backend="cuda", **RECIPE).backward()
+    assert LIBRARY.eakd_emulator_launches() - before <= 3
+
+
+@runs
+@pytest.mark.parametrize("standardize", [False, True])
+@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl"])
+def test_no_gradient_where_both_agree(divergence, standardize):
+    """Exactly, also where all logits are equal and standardisation multiplies by 10^7."""
+    student = torch.cat((make_logits(3, 1003)[0].detach(), torch.zeros(1, 1003)))
+    options = {"divergence": divergence, "standardize": standardize, "teacher_class_weights": torch.ones(1003)}
+    gradient = loss_and_gradient(student, student.clone(), **options)[1]
+    assert gradient.abs().max() <= (1e-8 if standardize else 0)
+    assert gradient[-1].abs().max() == 0
 
 
 # ---- plans -------------------------------------------------------------------------------------------------------

@@ -7,11 +7,12 @@ from cuda_binaries import CSRC, PARAMETERS, TARGETS, TOOLS, compile_all
 if missing := [name for name, path in TOOLS.items() if path is None]:
     pytest.skip(f"not on this machine: {', '.join(missing)}", allow_module_level=True)
 
-# The first five are at their launch bounds, or near. What varies: columns a lane, and the student's entropy.
+# The first six are at their launch bounds, or near. What varies: columns a lane, and the student's entropy.
 MOST_REGISTERS = {
     ("resident_rows", None): 128,
     ("ring_rows", None): 128,
     ("stream_rows", None): 128,
+    ("recipe_rows", None): 128,
     ("small_rows", "16"): 112,
     ("small_rows", "32"): 128,
     ("row_gradient", "false"): 80,
@@ -22,7 +23,10 @@ MOST_REGISTERS = {
 RESIDENT_VECTORS, BATCH, RING_BATCH = 10, 4, 2
 CLUSTERS = {"UCGABAR_ARV", "UCGABAR_WAIT"}
 COPIES = {"UBLKCP", "SYNCS"}
-OF_HOPPER = {"resident_rows": CLUSTERS, "stream_rows": CLUSTERS, "ring_rows": CLUSTERS | COPIES}
+OF_HOPPER = {
+    **dict.fromkeys(("resident_rows", "stream_rows", "recipe_rows"), CLUSTERS),
+    "ring_rows": CLUSTERS | COPIES,
+}
 
 # Kernels that must not pass: one without the registers for its columns, and one whose vectors are not aligned.
 BAD_CHOICES = {
@@ -72,6 +76,7 @@ def batches(kernel):
     return {
         "resident_rows": (RESIDENT_VECTORS, RESIDENT_VECTORS),
         "ring_rows": (RING_BATCH, 1),
+        "recipe_rows": (BATCH, 1),
         "stream_rows": (BATCH * (1 + kernel.one_pass), BATCH * kernel.one_pass),
     }.get(kernel.family, (BATCH, BATCH))
 

@@ -31,7 +31,7 @@ SCHEDULES = ["0", str(2**64 - 1), "5"]  # in order, reversed, random
 TYPES = ["float,3", "float,0", "__nv_bfloat16,1"]
 
 # Of the driver's groups of cases, and for the slower builds the smaller ones of these.
-KERNELS = ["small", "resident", "ring", "stream", "two_pass", "total", "scale"]
+KERNELS = ["small", "resident", "ring", "stream", "two_pass", "total", "scale", "recipe"]
 GROUPS = {
     "plain": [*KERNELS, "long"],
     "asan": [f"{name}:few" for name in KERNELS],
@@ -57,8 +57,9 @@ class Builds:
         return self.pool.submit(self.run, self.programs[name], group)
 
     def start_objects(self, kind):
-        """The objects of the kernels, in the order of TYPES, and all others."""
+        """The objects of the kernels, in the order of TYPES and those for recipes, and all others."""
         kernels = [self.pool.submit(self.kernels, kind, f"{kind}_kernels_{types}", types) for types in TYPES]
+        kernels.append(self.pool.submit(self.recipe_kernels, kind, f"{kind}_kernels_recipe"))
         sources = [DRIVER / "driver.cpp", *sorted(HERE.glob("*.cpp"))]
         others = [
             self.pool.submit(self.compile, kind, source, f"{kind}_{source.stem}", *OPTIMISED[kind])
@@ -70,14 +71,21 @@ class Builds:
         kernels, others = self.objects[kind]
         objects = [task.result() for task in (*kernels, *others)]
         if mutant is not None:
-            # In front: of an inline function that several objects have, the linker takes the first.
-            objects[0] = self.kernels(kind, name, TYPES[0], self.mutated(name, MUTANTS[mutant]))
+            csrc = self.mutated(name, MUTANTS[mutant])
+            if MUTANTS[mutant].group == "recipe":
+                objects[len(TYPES)] = self.recipe_kernels(kind, name, csrc)
+            else:
+                # In front: of an inline function that several objects have, the linker takes the first.
+                objects[0] = self.kernels(kind, name, TYPES[0], csrc)
         path = self.folder / name
         subprocess.run([COMPILER, *FLAGS[kind], "-pthread", *objects, "-o", path], check=True, timeout=60)
         return path
 
     def kernels(self, kind, name, types, csrc=CSRC):
         return self.compile(kind, DRIVER / "kernels.cpp", name, f"-DEAKD_DRIVER_TYPES={types}", csrc=csrc)
+
+    def recipe_kernels(self, kind, name, csrc=CSRC):
+        return self.compile(kind, DRIVER / "recipe_kernels.cpp", name, csrc=csrc)
 
     def compile(self, kind, source, name, *flags, csrc=CSRC):
         path = self.folder / f"{name}.o"

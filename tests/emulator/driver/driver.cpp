@@ -6,6 +6,7 @@
 #include <functional>
 #include <map>
 
+#include "recipe_trial.h"
 #include "trial.h"
 
 namespace driver {
@@ -109,6 +110,35 @@ void add_around(Group& total, Group& scale) {
                            }});
 }
 
+template <typename T>
+void add_recipe(Group& group, const RecipeCase& c) {
+  const std::string name = std::string(c.recipe->name) + (c.two_pass ? ", two passes" : "") +
+                           (c.staged ? ", kept, " : ", read again, ") + std::to_string(sizeof(T)) + " bytes, " +
+                           std::to_string(c.columns) + " columns from " + std::to_string(c.offset) + ", clusters of " +
+                           std::to_string(c.cluster) + " x " + std::to_string(c.threads);
+  group.push_back({name, [c] { RecipeTrial<T>(c).run(); }});
+}
+
+void add_recipes(Group& group, bool few) {
+  std::vector<int> columns = {9, 48, 131, 1100};  // the last: more than a warp sums up in one go
+  if (few) columns = {9, 131};
+  std::vector<Shape> shapes = {{1, 32}, {1, 96}, {2, 64}, {4, 32}};
+  if (few) shapes = {{1, 64}, {2, 32}};
+  int turn = 0;
+  for (const int width : columns)
+    for (const Shape& shape : shapes)
+      for (const NamedRecipe& recipe : kRecipes)
+        for (const bool two_pass : {false, true})
+          for (const bool staged : {false, true}) {
+            // In vectors or column by column; in place, with rows left out, or neither.
+            ++turn;
+            const RecipeCase c = {&recipe,      two_pass,      staged,        turn % 3 != 0, width,
+                                  turn % 7 % 3, shape.cluster, shape.threads, turn % 5 == 1, turn % 5 == 3};
+            add_recipe<float>(group, c);
+            if (!few) add_recipe<__nv_bfloat16>(group, c);
+          }
+}
+
 // By the name of the kernel, and with ":few" behind it those that sanitizers have the time for.
 std::map<std::string, Group> groups() {
   std::map<std::string, Group> result;
@@ -120,6 +150,7 @@ std::map<std::string, Group> groups() {
     for (const Kernel kernel : {Kernel::kSmall, Kernel::kStream})
       add_all_types(named("two_pass"), kernel, true, few);
     add_around(named("total"), named("scale"));
+    add_recipes(named("recipe"), few);
   }
   add_long_rows(result["long"]);
   return result;

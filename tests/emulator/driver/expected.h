@@ -5,6 +5,8 @@
 #include <cmath>
 #include <vector>
 
+#include "recipe.h"
+
 namespace driver {
 
 using Numbers = std::vector<double>;
@@ -75,6 +77,52 @@ struct RowPair {
     return result;
   }
 };
+
+struct RecipeValue {
+  double divergence, student_lse;  // the latter at the last temperature
+};
+
+inline Numbers standardized(Numbers x) {
+  double count = 0, mean = 0, squares = 0;
+  for (const double value : x)
+    if (value != -INFINITY) count += 1, mean += value;
+  mean /= count;
+  for (const double value : x)
+    if (value != -INFINITY) squares += (value - mean) * (value - mean);
+  for (double& value : x)
+    value = (value - mean) / (std::sqrt(squares / (count - 1)) + eakd::kStandardizeEpsilon);
+  return x;
+}
+
+// JSD, KL(q || p), and DKD.
+inline double divergence_of(const eakd::Recipe& recipe, Numbers log_p, Numbers log_q, int label) {
+  if (recipe.divergence == eakd::kKL) return divergence(log_q, log_p);
+  if (recipe.divergence == eakd::kJSD) {
+    Numbers log_m;
+    for (std::size_t i = 0; i < log_p.size(); ++i)
+      log_m.push_back(std::log(recipe.first * std::exp(log_p[i]) + (1 - recipe.first) * std::exp(log_q[i])));
+    return recipe.first * divergence(log_p, log_m) + (1 - recipe.first) * divergence(log_q, log_m);
+  }
+  const double p = std::exp(log_p[label]), q = std::exp(log_q[label]);
+  log_p[label] = log_q[label] = -INFINITY;
+  const double target = p * std::log(p / q) + (1 - p) * std::log((1 - p) / (1 - q));
+  return recipe.first * target + recipe.second * divergence(log_softmax(log_p, 1), log_softmax(log_q, 1));
+}
+
+inline RecipeValue recipe_value(const eakd::Recipe& recipe, Numbers teacher, Numbers student, int label,
+                                const std::vector<float>& bias) {
+  if (recipe.standardize != eakd::kNoStandardize) teacher = standardized(teacher), student = standardized(student);
+  RecipeValue value = {};
+  for (int k = 0; k < recipe.count; ++k) {
+    Numbers y = teacher;
+    for (std::size_t i = 0; i < y.size(); ++i)
+      y[i] = y[i] / recipe.tau[k] + (bias.empty() ? 0 : bias[i]);
+    value.divergence +=
+        recipe.factor[k] * divergence_of(recipe, log_softmax(y, 1), log_softmax(student, recipe.tau[k]), label);
+    value.student_lse = log_sum_exp(student, recipe.tau[k]);
+  }
+  return value;
+}
 
 // By central differences, whose error is far below what float leaves.
 template <typename Function>

@@ -1,5 +1,5 @@
 // What driver.cpp launches, compiled apart from it and for each of the types in an object of its own: of a mutant,
-// test_mutations.py compiles one of these and nothing else.
+// test_mutations.py compiles one of these and nothing else. That for recipes is one more.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -21,5 +21,9 @@ struct Kernels {
                            bool in_place);
   static cudaError_t total(const eakd::cuda::Total& total, int threads);
 };
+
+// As plan.width has it; plan.slice vectors of a thread are kept.
+template <typename T>
+cudaError_t launch_recipe(const eakd::cuda::RecipeJob& job, const eakd::cuda::Plan& plan);
 
 }  // namespace driver
