@@ -52,6 +52,12 @@ def kernels(request):
     return request.param
 
 
+@pytest.fixture(params=[name for name in USABLE if name in ("reference", "cpu")])
+def fp64_backend(request):
+    """Every backend that computes in fp64."""
+    return request.param
+
+
 @pytest.fixture(autouse=True)
 def _fresh_compiler(request):
     """torch.compile counts recompilations per function, across tests."""
