@@ -22,14 +22,15 @@ struct RecipeBlock {
   int64_t n;         // whole vectors
   T my, mz;          // centres
   T k_y, k_z;        // log2(e)/tau of the sides
+  T nat, nat_gap;    // the teacher's 1/tau, and how much larger it is than the student's: 0, or logits are standardised
   int power;         // 1 for all but kl_sums and a gradient without formula
 };
 
 // The normalisers of a row at one temperature.
 template <typename T>
 struct Normalisers {
-  T inverse_B0, inverse_D0;  // 0 where there is no mass
-  T log2_B0, log2_D0;
+  T inverse_B0, inverse_D0;      // 0 where there is no mass
+  T log2_B0, log2_D0, ln_ratio;  // ln(D0/B0)
 };
 
 // What finish_gradient makes of the gradient in u; recipe.h, RecipeBasis.

@@ -110,6 +110,15 @@ double sum_of(const T* e, int64_t n) {
   return sum<T>(s);
 }
 
+// y/tau - z/tau in nats. The difference of logits is exact where both sides have the same temperature: exponents of 20
+// would bring their own rounding, and that of log2(e)/tau, into what formulas multiply by.
+template <typename T>
+Vec<T> difference_at(const RecipeBlock<T>& block, int64_t i) {
+  const Vec<T> y = load(block.y + i) - block.my, z = load(block.z + i) - block.mz;
+  const Vec<T> step = (y - z) * block.nat + raise_to(z, T(-1e30)) * block.nat_gap;
+  return block.bias == nullptr ? step : step + T(kLn2) * load(block.bias + i);
+}
+
 template <typename T>
 struct Exponents {
   Vec<T> b, d, unbiased;  // d unclamped: -inf under teacher mass is an infinite divergence
@@ -127,25 +136,22 @@ void add_kl_sums(TauSums<double>& s, const RecipeBlock<T>& block) {
     const Vec<T> eb = power<P>(load(block.eb + i)), ed = power<P>(load(block.ed + i));
     B0 += eb, D0 += ed;
     if constexpr (FORWARD || REVERSE) {
-      const Exponents<T> at(block, i);
-      const Vec<T> step = at.b - at.d;
+      const Vec<T> step = difference_at(block, i);
       if constexpr (FORWARD) Bd += times(eb, step);
       if constexpr (REVERSE) Dd += times(ed, Vec<T>(-step));
     }
   }
   s.B0 += sum<T>(B0), s.D0 += sum<T>(D0);
-  if constexpr (FORWARD) s.Bd += sum<T>(Bd);
-  if constexpr (REVERSE) s.Dd += sum<T>(Dd);
+  if constexpr (FORWARD) s.Bd += kLog2E * sum<T>(Bd);
+  if constexpr (REVERSE) s.Dd += kLog2E * sum<T>(Dd);
 }
 
 template <typename T>
 double reverse_sum(const RecipeBlock<T>& block) {
   Vec<T> Dd{};
-  for (int64_t i = 0; i < block.n; i += kLanes) {
-    const Exponents<T> at(block, i);
-    Dd += times(load(block.ed + i), Vec<T>(at.d - at.b));
-  }
-  return sum<T>(Dd);
+  for (int64_t i = 0; i < block.n; i += kLanes)
+    Dd -= times(load(block.ed + i), difference_at(block, i));
+  return kLog2E * sum<T>(Dd);
 }
 
 template <typename T>
@@ -165,7 +171,7 @@ Column<Vec<T>> column_at(const RecipeBlock<T>& block, const Normalisers<T>& by, 
   Column<Vec<T>> c;
   c.p = load(block.eb + i) * by.inverse_B0, c.q = load(block.ed + i) * by.inverse_D0;
   c.log2_p = at.b - by.log2_B0, c.log2_q = at.d - by.log2_D0;
-  c.delta = T(kLn2) * ((at.b - at.d) + (by.log2_D0 - by.log2_B0));
+  c.delta = difference_at(block, i) + by.ln_ratio;
   return c;
 }
 
@@ -233,6 +239,12 @@ void add_gradient(T* g, const RecipeBlock<T>& block, const Normalisers<T>& by, c
   }
   if (kept_h != nullptr)
     return add_columns(g, block.n, first, [&](int64_t i) { return c * load(kept_h + i) + by_D0 * load(block.ed + i); });
+  if (recipe.is_kl())  // q_j's two factors together, because they nearly cancel
+    return add_columns(g, block.n, first, [&](int64_t i) {
+      const Column<Vec<T>> column = column_at(block, by, Exponents<T>(block, i), i);
+      const Vec<T> of_q = times(column.q, Vec<T>((c * b) * (T(1) - column.delta) + q));
+      return without_mass(block, i) ? Vec<T>{} : of_q - (c * a) * column.p;
+    });
   with_kind(recipe.divergence, [&](auto kind) {
     add_columns(g, block.n, first, [&](int64_t i) {
       const Column<Vec<T>> column = column_at(block, by, Exponents<T>(block, i), i);

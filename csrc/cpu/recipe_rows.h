@@ -250,6 +250,8 @@ class RecipeRow {
             T(rest_max(kStudent)),
             T(scales_[kTeacher].tau[k]),
             T(scales_[kStudent].tau[k]),
+            T(inverse_[kTeacher] / taus_[k]),
+            T((inverse_[kTeacher] - inverse_[kStudent]) / taus_[k]),
             raised ? 1 : bases_.power[k]};
   }
 
@@ -309,7 +311,7 @@ class RecipeRow {
 
   Normalisers<T> normalisers(double B0, double D0) const {
     return {T(B0 == 0 ? 0 : 1 / B0), T(D0 == 0 ? 0 : 1 / D0), T(B0 == 0 ? 0 : std::log2(B0)),
-            T(D0 == 0 ? 0 : std::log2(D0))};
+            T(D0 == 0 ? 0 : std::log2(D0)), T((D0 == 0 ? 0 : std::log(D0)) - (B0 == 0 ? 0 : std::log(B0)))};
   }
 
   void add_values() {
