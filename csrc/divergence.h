@@ -17,6 +17,7 @@ enum Divergence : int {
   kSkewReverseKL,
   kTotalVariation,
   kAlphaBeta,
+  kSquaredHellinger,
   kDecoupled = 16,  // first TCKD + second NCKD (recipe.h); its columns are those of KL(p || q) without the label
 };
 
@@ -120,6 +121,12 @@ EAKD_HD Terms<V> terms(const Column<V>& c, T first, T second) {
     const V difference = T(0.5) * (c.p - c.q);
     const V half = T(0.5) * c.q;
     return {difference > 0 ? difference : -difference, c.delta > T(0) ? -half : (c.delta < T(0) ? half : V{})};
+  } else if constexpr (KIND == kSquaredHellinger) {
+    // sqrt p - sqrt q is +- the larger's root times E = 1 - e^(-|delta|/2)
+    const auto larger_p = c.delta > T(0);
+    const V magnitude = larger_p ? c.delta : -c.delta;
+    const V E = -Math::exp2m1(magnitude * T(-0.5 * kLog2E)), half = T(0.5) * E * (larger_p ? c.p : c.q);
+    return {half * E, larger_p ? (E - T(1)) * half : half};
   } else {
     static_assert(KIND == kAlphaBeta, "a divergence without a formula");
     // f = ((p^s - q^s)/s - q^b (p^a - q^a)/a)/b with s = a + b, and its limits; h = -q^b (p^a - q^a)/a
@@ -149,6 +156,7 @@ EAKD_HD void with_kind(int kind, Visit&& visit) {
     case kSkewReverseKL: return visit(Kind<kSkewReverseKL>());
     case kTotalVariation: return visit(Kind<kTotalVariation>());
     case kAlphaBeta: return visit(Kind<kAlphaBeta>());
+    case kSquaredHellinger: return visit(Kind<kSquaredHellinger>());
     default: return visit(Kind<kKL>());
   }
 }

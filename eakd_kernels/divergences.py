@@ -217,6 +217,17 @@ class AlphaBeta(Divergence):
         return -(cross - a / s * (s * log_p).exp() - b / s * (s * log_q).exp()) / (a * b)
 
 
+@dataclass(frozen=True)
+class SquaredHellinger(Divergence):
+    """1 - sum_j sqrt(p_j q_j) = sum_j (sqrt(p_j) - sqrt(q_j))^2 / 2 (Hellinger 1909)."""
+
+    code: ClassVar[int] = 6
+    arity: ClassVar[int] = 0
+
+    def columns(self, log_p, log_q):
+        return 0.5 * ((0.5 * log_p).exp() - (0.5 * log_q).exp()) ** 2
+
+
 def generalized_jsd(beta: float) -> Divergence:
     """GKD's generalised Jensen-Shannon divergence (Agarwal et al. 2024): ForwardKL() at 0, ReverseKL() at 1, else JSD.
 
@@ -228,7 +239,7 @@ def generalized_jsd(beta: float) -> Divergence:
 
 
 BY_NAME = {"forward_kl": ForwardKL(), "reverse_kl": ReverseKL(), "jeffreys": Jeffreys()}
-BY_CODE = {d.code: d for d in (Jeffreys, JSD, SkewForwardKL, SkewReverseKL, TotalVariation, AlphaBeta)}
+BY_CODE = {d.code: d for d in (Jeffreys, JSD, SkewForwardKL, SkewReverseKL, TotalVariation, AlphaBeta, SquaredHellinger)}
 DECOUPLED = 16  # the code of functional.ea_dkd_loss: alpha TCKD + beta NCKD, which is no sum over columns
 
 

@@ -57,6 +57,8 @@ def _value(divergence, p, q):
         return _kl(q, _mixture(q, p, first))
     if isinstance(divergence, d.TotalVariation):
         return mp.fsum(abs(a - b) for a, b in zip(p, q, strict=True)) / 2
+    if isinstance(divergence, d.SquaredHellinger):
+        return 1 - mp.fsum(mp.sqrt(a * b) for a, b in zip(p, q, strict=True))
     return _alpha_beta(p, q, first, second)
 
 

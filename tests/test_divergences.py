@@ -35,6 +35,7 @@ DIVERGENCES = [
     d.AlphaBeta(0.1, -0.1),
     d.AlphaBeta(0.0, 0.0),
     d.AlphaBeta(1.5, 0.5),
+    d.SquaredHellinger(),
 ]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 COLUMNS = 24
