@@ -17,10 +17,10 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from eakd_kernels import ops
+from eakd_kernels import divergences, ops
 from eakd_kernels.backends import triton as kernels
 from eakd_kernels.backends.triton import launch
-from eakd_kernels.stats import STATISTICS
+from eakd_kernels.stats import statistics_count
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 ENOUGH_ROWS = 4096  # that no row is shared by programs
@@ -89,7 +89,12 @@ def logits(rows: int, vocab_size: int, dtype: torch.dtype, offset: int = 0) -> t
 
 def problem(rows, vocab_size, student=BF16, teacher=None, tau=1.0, t=3.0, labels=False):
     pair = logits(rows, vocab_size, student), logits(rows, vocab_size, teacher or student)
-    return ops.Rows(*pair, torch.zeros(rows, dtype=torch.int64) if labels else None, None, None, tau, t, vocab_size)
+    labels = torch.zeros(rows, dtype=torch.int64) if labels else None
+    return ops.Rows(*pair, labels, None, None, tau, t, vocab_size, [], None)
+
+
+def recipe(kernel, standardize=0, caps=(0.0, 0.0), taus=(2.0,)) -> list[float]:
+    return ops.Recipe(*kernel, standardize, 1.0, 1.0, *caps, taus, tuple(tau * tau for tau in taus)).flat()
 
 
 def with_every_tensor(rows: ops.Rows) -> ops.Rows:
@@ -117,7 +122,9 @@ def run(rows: ops.Rows, operations=("statistics", "gradient", "one pass"), every
         kernels.row_statistics(rows, everything)
     if "gradient" in operations:
         upstream = [torch.empty(leading) if i == 0 or everything else None for i in range(4)]
-        kernels.row_gradient(rows, torch.empty(len(STATISTICS), *leading), upstream, gradient)
+        temperatures = len(ops.Recipe.of(rows.recipe).factors) if rows.recipe else None
+        statistics = torch.empty(statistics_count(temperatures, False), *leading)
+        kernels.row_gradient(rows, statistics, upstream, gradient)
     if "one pass" in operations:
         weighting = ops.WEIGHTINGS["tensor" if everything else "ea"]
         given, count = (torch.empty(leading), torch.ones((), dtype=torch.int64)) if everything else (None, None)
@@ -156,6 +163,17 @@ def compile_variants() -> None:
         run(problem(ENOUGH_ROWS, vocab_size)._replace(vocab_size=vocab_size - 8))
         run(apart(problem(ENOUGH_ROWS, vocab_size)))
         run(classes_first(problem(ENOUGH_ROWS, vocab_size)))
+
+
+def compile_recipes() -> None:
+    """A mixture, KL at several temperatures, and a decoupled divergence of all else that a recipe may ask for."""
+    aligned, mixture = problem(ENOUGH_ROWS, 128256), recipe(divergences.JSD(0.3).kernel())
+    run(aligned._replace(recipe=mixture), ("gradient", "one pass"))
+    run(aligned._replace(recipe=recipe(divergences.Jeffreys().kernel(), taus=(2.0, 3.0, 4.0, 5.0, 6.0))), ("one pass",))
+    everything = recipe((divergences.DECOUPLED, 1.0, 8.0), standardize=2, caps=(30.0, 30.0))
+    weighted = problem(ENOUGH_ROWS, 128256, labels=True)._replace(recipe=everything, class_bias=torch.zeros(128256))
+    run(weighted, ("gradient", "one pass"))
+    run(problem(ENOUGH_ROWS, 1000)._replace(recipe=mixture), ("one pass",))
 
 
 def compile_bad_choices() -> None:
@@ -218,6 +236,7 @@ if __name__ == "__main__":
         {
             "table": compile_table,
             "variants": compile_variants,
+            "recipes": compile_recipes,
             "kernels": compile_kernels,
             "bad": compile_bad_choices,
         }[task]()

@@ -14,7 +14,15 @@ if not (Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump").exists()
     pytest.skip("this Triton has no cuobjdump", allow_module_level=True)
 
 HERE = Path(__file__).parent
-TASKS = [("table", 90), ("variants", 90), ("kernels", 80), ("kernels", 100), ("bad", 90), ("recompilations", 90)]
+TASKS = [
+    ("table", 90),
+    ("variants", 90),
+    ("recipes", 90),
+    ("kernels", 80),
+    ("kernels", 100),
+    ("bad", 90),
+    ("recompilations", 90),
+]
 # Sweeps in the code that read both logits (statistics with guards against -inf and without), and that write a gradient.
 SWEEPS = {
     "statistics_kernel": (2, 0),
@@ -79,6 +87,18 @@ def test_other_processors(compiled, capability):
 
 def test_variants_spill_nothing(compiled):
     assert not [made for made in compiled["variants", 90] if made["stack"] or made["spills"]]
+
+
+def test_recipes(compiled):
+    """Their loads are as wide as all others; nothing spills."""
+    entries = [made for made in compiled["recipes", 90] if "columns" in made]
+    assert len(entries) == 6
+    assert not [made for made in entries if made["stack"] or made["spills"]]
+    for made in entries:
+        gradient, one_pass = made["kernel"] == "recipe_gradient_kernel", made["kernel"] == "recipe_one_pass_kernel"
+        columns = max(made["rows"], 1) * made["columns"] // (32 * made["warps"]) // made["width"]
+        assert made["loads_128"] >= 2 * columns * (1 if gradient or made["rows"] else 2)
+        assert made["stores_128"] >= columns * (gradient or one_pass)
 
 
 def test_bad_choices_are_noticed(compiled):

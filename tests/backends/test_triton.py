@@ -6,7 +6,7 @@ import pytest
 import torch
 from support import interpreted, make_logits
 
-from eakd_kernels import available_backends, ea_kd_loss, ops
+from eakd_kernels import available_backends, divergences, ea_kd_loss, ops
 from eakd_kernels.stats import STATISTICS
 
 if (reason := available_backends()["triton"]) is not None:
@@ -31,8 +31,9 @@ def _on_the_gpu():
     torch.set_default_device(None)
 
 
-def rows_of(student, teacher, labels=None, tau=2.0, t=3.0, vocab_size=None):
-    return ops.Rows(student, teacher, labels, None, None, tau, t, vocab_size or student.shape[-1])
+def rows_of(student, teacher, labels=None, tau=2.0, t=3.0, vocab_size=None, recipe=(), class_bias=None):
+    vocab_size = vocab_size or student.shape[-1]
+    return ops.Rows(student, teacher, labels, None, None, tau, t, vocab_size, list(recipe), class_bias)
 
 
 def form_of(student, teacher):
@@ -216,6 +217,65 @@ def test_a_hundred_runs_are_bit_identical():
 
     first = run()
     assert all(torch.equal(*pair) for _ in range(runs) for pair in zip(first, run(), strict=True))
+
+
+# ---- recipes -----------------------------------------------------------------------------------------------------
+
+
+def recipe_of(kernel, standardize=0, caps=(0.0, 0.0), taus=(2.0, 3.0)):
+    return ops.Recipe(*kernel, standardize, 0.5, 1.0, *caps, taus, tuple(tau * tau for tau in taus)).flat()
+
+
+RECIPES = {
+    "JSD": recipe_of(divergences.JSD(0.3).kernel()),
+    "decoupled, standardised": recipe_of((divergences.DECOUPLED, 1.0, 8.0), standardize=2, caps=(4.0, 9.0)),
+}
+
+
+@pytest.mark.parametrize("vocab_size", [96, 4803], ids=str)
+@pytest.mark.parametrize("student_at, teacher_at, form", ALIGNMENTS.values(), ids=ALIGNMENTS)
+@pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
+def test_recipes_at_any_alignment(vocab_size, student_at, teacher_at, form, recipe):
+    """Rows are read up to four times; NaN around them would show in any of the sums."""
+    student, teacher = (x.detach() for x in make_logits(2, vocab_size))
+    labels, rule = torch.tensor([0, vocab_size - 1]), rule_for(vocab_size, 0.3)
+    options = {"labels": labels, "recipe": recipe, "class_bias": -torch.rand(vocab_size)}
+    want = kernels.one_pass(rows_of(student, teacher, **options), rule, exact := torch.empty_like(student))
+    rows = rows_of(alone(student, **student_at), alone(teacher, **teacher_at), **options)
+    got = kernels.one_pass(rows, rule, gradient := alone(student, **student_at))
+    torch.testing.assert_close(got, want)
+    torch.testing.assert_close(gradient, exact, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(kernels.row_statistics(rows, False)[:6], want[1][:6])
+
+
+@pytest.mark.parametrize("vocab_size, width", [(90, 96), (4801, 4864)])
+@pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
+def test_recipes_write_nothing_outside_the_gradient(vocab_size, width, recipe):
+    student, teacher = (x.detach() for x in make_logits(3, width))
+    rows = rows_of(student, teacher, torch.tensor([0, vocab_size - 1, 5]), vocab_size=vocab_size, recipe=recipe)
+    buffer = torch.full((3, width + 5), 7.0)
+    gradient = buffer[:, 2 : width + 2]
+    kernels.row_gradient(rows, kernels.row_statistics(rows, False), (torch.ones(3), None, None, None), gradient)
+    assert (buffer[:, :2] == 7).all() and (buffer[:, width + 2 :] == 7).all()
+    assert gradient[:, :vocab_size].any() and not gradient[:, vocab_size:].any()
+
+
+@pytest.mark.parametrize("vocab_size", [96, 4803], ids=str)
+@pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
+def test_recipes_in_place(vocab_size, recipe):
+    """The label's logit is read before its gradient takes its place."""
+    student, teacher = (x.detach() for x in make_logits(2, vocab_size))
+    rows = rows_of(student, teacher, torch.tensor([vocab_size - 1, 3]), recipe=recipe)
+    upstream, rule = (torch.ones(2), None, None, torch.ones(2)), rule_for(vocab_size, 0.3)
+    statistics = kernels.row_statistics(rows, False)
+    for write in (
+        lambda rows, gradient: kernels.row_gradient(rows, statistics, upstream, gradient),
+        lambda rows, gradient: kernels.one_pass(rows, rule, gradient),
+    ):
+        write(rows, gradient := torch.empty_like(student))
+        z = student.clone()
+        write(rows._replace(student_logits=z), z)
+        assert torch.equal(z, gradient)
 
 
 # ---- launches ----------------------------------------------------------------------------------------------------

@@ -1,7 +1,9 @@
 """Triton kernels, for every GPU that Triton reaches; under TRITON_INTERPRET=1 for CPU tensors, slowly.
 
 row_state, row_result                    the maths of a row
-tiles, rows                              how programs read and write rows, and the sweeps along them
+divergence, recipe, recipe_sums, recipe_result, recipe_gradient
+                                         the same with a recipe (ops.Recipe)
+tiles, rows, recipe_rows                 how programs read and write rows, and the sweeps along them
 launch                                   which launch fits which tensors
 row_statistics, row_gradient, one_pass   the operators: kernels and launchers
 """

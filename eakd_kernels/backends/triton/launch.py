@@ -8,7 +8,9 @@ import numpy as np
 import torch
 import triton
 
+from ... import divergences, ops
 from .arithmetic import INTERPRETED
+from .recipe import Recipe, RecipeFeatures
 from .row_state import HARD_AT_T, HARD_AT_TAU, HARD_OWN, NO_HARD, Features, Temperatures
 from .rows import PerRow, RowPairs
 from .tiles import COLUMNS, STRIDED, VECTORS, WINDOW, Matrix, Tile, unspecialised
@@ -18,6 +20,8 @@ LOG2_E = math.log2(math.e)
 # The first pair with P tau = Q t is the cheapest way to the exponentials at both temperatures.
 RATIOS = ((1, 1), (2, 1), (3, 1), (4, 1), (1, 2), (1, 3), (1, 4), (3, 2), (2, 3), (3, 4), (4, 3))
 
+MIXTURES = {kind.code for kind in (divergences.JSD, divergences.SkewForwardKL, divergences.SkewReverseKL)}
+
 # ---- the launch table --------------------------------------------------------------------------------------------
 
 # Columns a tile and warps of a program that walks along a row, by the bytes of the wider logit. 16 columns a thread, 8
@@ -26,6 +30,8 @@ RATIOS = ((1, 1), (2, 1), (3, 1), (4, 1), (1, 2), (1, 3), (1, 4), (3, 2), (2, 3)
 WALKING = {2: (2048, 4), 4: (2048, 8)}
 # From sm_100 on the compiler pairs up fp32 operations, which takes registers: 8 columns a thread.
 WALKING_IN_PAIRS = {2: (2048, 8), 4: (2048, 8)}
+# A recipe's sums at several temperatures take registers too: columns a thread.
+RECIPE_COLUMNS = 8
 # A tile of whole rows: at most this many columns, in powers of two from the least on.
 LEAST_COLUMNS, MOST_COLUMNS, ELEMENTS = 32, 4096, 2048
 
@@ -182,12 +188,17 @@ class Plan:
         self.device, self.rows = student.tensor.device, student.layout.rows
         columns = rows.vocab_size if target is None else target.layout.columns
         self.tile, self.warps = choose_tile(student, teacher, target, rows.vocab_size, columns)
+        self.recipe = recipe_numbers(rows) if rows.recipe else None
+        self.class_bias = None if rows.class_bias is None else rows.class_bias.contiguous()
         width, form, out_form = self.tile.WIDTH, self.tile.FORM, self.tile.GRADIENT_FORM
         rows_a_tile = self.tile.ROWS
         self.splits, tiles_a_split = 1, 0
-        if rows_a_tile == 0:
+        if rows.recipe:
+            self.warps = max(rows_a_tile, 1) * self.tile.BLOCK // (32 * RECIPE_COLUMNS)
+        elif rows_a_tile == 0:
             self.splits, tiles_a_split = share(self.rows, columns + width - 1, self.tile, processors(self.device))
-        self.features = features(rows, operation, hard, entropy, slopes, rule)
+        compiled_for = recipe_features if rows.recipe else features
+        self.features = compiled_for(rows, operation, hard, entropy, slopes, rule)
         self.pairs = RowPairs(
             student.matrix(width, form),
             teacher.matrix(width, form),
@@ -195,7 +206,7 @@ class Plan:
             self.per_row(rows.labels),
             self.per_row(rows.keep),
             self.per_row(rows.temperatures),
-            temperatures(rows.temperature, rows.entropy_temperature, max(self.features.P, 1)),
+            temperatures(rows.temperature, rows.entropy_temperature, 1 if rows.recipe else max(self.features.P, 1)),
             *map(unspecialised, (rows.vocab_size, self.splits, tiles_a_split)),
         )
 
@@ -240,6 +251,53 @@ def features(rows, operation, hard, entropy, slopes, rule) -> Features:
     where = HARD_AT_TAU if tau == 1 else HARD_AT_T if t == 1 else HARD_OWN
     weighting, tau_squared = (0, False) if rule is None else (rule.weighting, rule.tau_squared)
     return Features(*ratio, where.value if hard else NO_HARD.value, slopes, entropy, weighting, tau_squared)
+
+
+def columns_of(recipe: ops.Recipe) -> tuple[int, float, float]:
+    """Kind and parameters of the divergence that is summed over columns: for a decoupled one, the rest's."""
+    if recipe.divergence == divergences.DECOUPLED:
+        return divergences.ForwardKL().kernel()
+    if recipe.divergence in MIXTURES:
+        if recipe.first == 0:  # p without q, or q without p
+            forward = recipe.divergence == divergences.SkewForwardKL.code
+            return (divergences.ForwardKL() if forward else divergences.ReverseKL()).kernel()
+        return recipe.divergence, recipe.first, 1.0 - recipe.first
+    return recipe[:3]
+
+
+def recipe_features(rows, operation, hard, entropy, slopes, rule) -> RecipeFeatures:
+    recipe = ops.Recipe.of(rows.recipe)
+    kind, first, second = columns_of(recipe)
+    # What a mixture's weights are makes no other kernel.
+    nonzero = (True, True, True) if kind in MIXTURES else (first != 0, second != 0, first + second != 0)
+    pulls = operation != "gradient" and (recipe.standardize != 0 or slopes)
+    values = operation != "gradient" and (pulls or kind != divergences.ForwardKL.code)
+    weighting, tau_squared = (0, False) if rule is None else (rule.weighting, rule.tau_squared)
+    return RecipeFeatures(
+        kind,
+        *nonzero,
+        recipe.divergence == divergences.DECOUPLED,
+        recipe.standardize,
+        recipe.student_cap != 0,
+        recipe.teacher_cap != 0,
+        rows.class_bias is not None,
+        rows.temperatures is not None,
+        values,
+        pulls,
+        slopes,
+        (HARD_OWN if hard else NO_HARD).value,
+        entropy,
+        weighting,
+        tau_squared,
+    )
+
+
+def recipe_numbers(rows) -> Recipe:
+    recipe = ops.Recipe.of(rows.recipe)
+    _, *columns = columns_of(recipe)
+    scales_and_caps, taus = recipe[4:8], recipe.temperatures
+    k_tau, inverse_tau = (tuple(one / tau for tau in taus) for one in (LOG2_E, 1.0))
+    return Recipe(*columns, recipe.first, recipe.second, *scales_and_caps, taus, k_tau, inverse_tau, recipe.factors)
 
 
 def temperatures(tau: float, t: float, P: int) -> Temperatures:

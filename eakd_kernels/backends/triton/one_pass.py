@@ -10,6 +10,8 @@ import triton.language as tl
 
 from ...stats import LOSS_STATISTICS
 from . import launch
+from .recipe_gradient import RowUpstream, recipe_basis
+from .recipe_rows import finish_row, write_recipe
 from .row_result import GradientInputs, LossRule, finish, gradient_basis, row_loss
 from .row_state import hard_sum
 from .row_statistics import merge_partials, partial_states, store_fields
@@ -30,22 +32,29 @@ from .tiles import number, unspecialised
 
 
 @triton.jit
-def finish_rows(pairs, rule, weights, denominator, out, row, storing, kept, s, k, label_logit, f: tl.constexpr):
-    """Statistics, weight and loss of the rows into `out`, in the order of eakd_kernels.stats.LOSS_STATISTICS; returns
-    the basis of their gradient."""
+def store_loss(pairs, rule, weights, denominator, out, row, storing, kept, r, tau, f: tl.constexpr):
+    """Statistics r, weight and loss of the rows into `out`, in the order of eakd_kernels.stats.LOSS_STATISTICS; returns
+    the total loss's gradients in their divergence and in their cross-entropy."""
     given = tl.zeros(kept.shape, tl.float32)
     if weights is not None:
         given = load_per_row(weights, row, kept, 0.0).to(tl.float32)
-    r = finish(s, k, label_logit, f)
-    loss = row_loss(r, k, rule, given, f)
+    loss = row_loss(r, tau, rule, given, f)
     rows = number(pairs.student.rows)
     store_fields(out, 0, rows, storing, kept, r)
     store_fields(out, len(r), rows, storing, kept, (loss.weight, loss.loss))
     scale = tl.cast(rule.scale, tl.float32)
     if denominator is not None:
         scale = tl.div_rn(scale, tl.load(denominator).to(tl.float32))
+    return loss.divergence_factor * scale, rule.ce_weight * scale
+
+
+@triton.jit
+def finish_rows(pairs, rule, weights, denominator, out, row, storing, kept, s, k, label_logit, f: tl.constexpr):
+    """Stores what store_loss does; returns the basis of the rows' gradient."""
+    r = finish(s, k, label_logit, f)
+    g_divergence, g_hard = store_loss(pairs, rule, weights, denominator, out, row, storing, kept, r, k.tau, f)
     inputs = GradientInputs(s.My, s.Mz, s.B0, s.D0, s.E0, hard_sum(s, f), r.student_entropy)
-    return gradient_basis(inputs, k, loss.divergence_factor * scale, 0.0, 0.0, rule.ce_weight * scale, f)
+    return gradient_basis(inputs, k, g_divergence, 0.0, 0.0, g_hard, f)
 
 
 @triton.jit
@@ -88,6 +97,20 @@ def _merged_one_pass_kernel(pairs, states, rule, weights, denominator, out, tile
 
 
 @triton.jit
+def _recipe_one_pass_kernel(
+    pairs, recipe, class_bias, rule, weights, denominator, out, tile: tl.constexpr, f: tl.constexpr
+):
+    row, _ = program_rows(pairs, tile)
+    kept = rows_kept(pairs, row)
+    data, label, k, r = finish_row(pairs, recipe, class_bias, row, kept, tile, f)
+    g_divergence, g_hard = store_loss(pairs, rule, weights, denominator, out, row, row, kept, r.row, k.tau[0], f)
+    zero = tl.zeros_like(g_divergence)
+    upstream = RowUpstream(g_divergence, zero, zero, zero + g_hard)
+    basis = recipe_basis(r.saved, r.tau, r.row.student_entropy, label, k, upstream, recipe, f)
+    write_recipe(pairs, recipe, class_bias, data, row, kept, basis, k, label, tile, f)
+
+
+@triton.jit
 def _total_kernel(
     statistics,  # [fields, rows]
     FIELD: tl.constexpr,
@@ -120,7 +143,9 @@ def one_pass(rows, rule, gradient):
     )
     out = plan.new_empty(len(LOSS_STATISTICS), *rows.student_logits.shape[:-1])
     arguments = (numbers, plan.per_row(rule.weights), rule.denominator, out)
-    if plan.splits == 1:
+    if plan.recipe is not None:
+        plan.run(_recipe_one_pass_kernel, plan.recipe, plan.class_bias, *arguments)
+    elif plan.splits == 1:
         plan.run(_one_pass_kernel, *arguments)
     else:
         plan.run(_merged_one_pass_kernel, partial_states(plan), *arguments)

@@ -7,8 +7,11 @@ import triton.language as tl
 
 from . import launch
 from .arithmetic import rounded
+from .recipe_gradient import RowUpstream, recipe_basis
+from .recipe_result import Saved, TauSaved
+from .recipe_rows import load_label_column, row_data, saved_scales, write_recipe
 from .row_result import GradientInputs, gradient_basis
-from .row_statistics import FIRST_SAVED, STUDENT_ENTROPY
+from .row_statistics import FIRST_OF_TEMPERATURES, FIRST_SAVED, NUM_OF_TEMPERATURE, NUM_PUBLIC, STUDENT_ENTROPY
 from .rows import (
     PerRow,
     load_label,
@@ -84,11 +87,71 @@ def _gradient_kernel(
         write_row(pairs, row_window(pairs, row, kept, tile), row, basis, k, label, split, tile, f)
 
 
+@triton.jit
+def load_saved(statistics, rows, row, kept):
+    """Out of what _recipe_statistics_kernel stored."""
+    at = statistics + NUM_PUBLIC * rows + row
+    return Saved(
+        tl.load(at, kept, 0.0),
+        tl.load(at + rows, kept, 0.0),
+        tl.load(at + 2 * rows, kept, 0.0),
+        tl.load(at + 3 * rows, kept, 0.0),
+        tl.load(at + 4 * rows, kept, 0.0),
+        tl.load(at + 5 * rows, kept, 0.0),
+        tl.load(at + 6 * rows, kept, 0.0),
+        tl.load(at + 7 * rows, kept, 0.0),
+        tl.load(at + 8 * rows, kept, 0.0),
+        tl.load(at + 9 * rows, kept, 0.0),
+        tl.load(at + 10 * rows, kept, 0.0),
+    )
+
+
+@triton.jit
+def load_tau_saved(statistics, i: tl.constexpr, rows, row, kept):
+    at = statistics + (FIRST_OF_TEMPERATURES + i * NUM_OF_TEMPERATURE) * rows + row
+    return TauSaved(
+        tl.load(at, kept, 0.0),
+        tl.load(at + rows, kept, 0.0),
+        tl.load(at + 2 * rows, kept, 0.0),
+        tl.load(at + 3 * rows, kept, 0.0),
+        tl.load(at + 4 * rows, kept, 0.0),
+    )
+
+
+@triton.jit
+def _recipe_gradient_kernel(pairs, recipe, class_bias, statistics, upstream, tile: tl.constexpr, f: tl.constexpr):
+    row, _ = program_rows(pairs, tile)
+    kept = rows_kept(pairs, row)
+    label = load_label_column(pairs, recipe, class_bias, row, kept, f)
+    if f.DECOUPLED:
+        tl.debug_barrier()  # all threads have the label's logit before one writes its gradient there
+    rows = number(pairs.student.rows)
+    saved = load_saved(statistics, rows, row, kept)
+    tau = ()
+    for i in tl.static_range(len(recipe.tau)):
+        tau += (load_tau_saved(statistics, i, rows, row, kept),)
+    k = saved_scales(pairs, recipe, saved, row, kept, f)
+    given = RowUpstream(
+        load_upstream(upstream.divergence, row, kept),
+        load_upstream(upstream.student_entropy, row, kept),
+        load_upstream(upstream.student_lse, row, kept),
+        load_upstream(upstream.cross_entropy, row, kept),
+    )
+    student_entropy = tl.load(statistics + STUDENT_ENTROPY * rows + row, kept, 0.0)
+    basis = recipe_basis(saved, tau, student_entropy, label, k, given, recipe, f)
+    data = row_data(pairs, recipe, class_bias, row, kept, label.column, tile, f)
+    write_recipe(pairs, recipe, class_bias, data, row, kept, basis, k, label, tile, f)
+
+
 def row_gradient(rows, statistics, upstream, gradient):
     given = Upstream(*upstream)
     hard = rows.labels is not None and given.cross_entropy is not None
     plan = launch.Plan(rows, "gradient", gradient, hard=hard, entropy=given.student_entropy is not None)
-    plan.run(_gradient_kernel, statistics.contiguous(), Upstream(*map(plan.per_row, given)))
+    arguments = (statistics.contiguous(), Upstream(*map(plan.per_row, given)))
+    if plan.recipe is not None:
+        plan.run(_recipe_gradient_kernel, plan.recipe, plan.class_bias, *arguments)
+    else:
+        plan.run(_gradient_kernel, *arguments)
 
 
 @triton.jit

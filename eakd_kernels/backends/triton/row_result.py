@@ -81,7 +81,7 @@ class RowLoss(NamedTuple):
 
 
 @triton.jit
-def row_loss(r, k, rule, given, f: tl.constexpr):
+def row_loss(r, tau, rule, given, f: tl.constexpr):
     """`given` is the row's entry of a weight tensor, where there is one."""
     if f.WEIGHTING == WEIGHT_NONE:
         w = tl.full(r.divergence.shape, 1.0, tl.float32)
@@ -96,7 +96,7 @@ def row_loss(r, k, rule, given, f: tl.constexpr):
     w *= rule.weight_scale
     factor = rule.kd_weight * w
     if f.TAU_SQUARED:
-        factor *= k.tau * k.tau
+        factor *= tau * tau
     # A weight of 0 silences an infinite divergence, not a NaN.
     loss = tl.where((factor == 0) & (r.divergence == float("inf")), 0.0, factor * r.divergence)
     if f.HARD != NO_HARD:

@@ -7,8 +7,9 @@ programs share a row and leave partial states, which are merged in a fixed order
 import triton
 import triton.language as tl
 
-from ...stats import STATISTICS, statistics_count
+from ...stats import PUBLIC_FIELDS, RECIPE_STATISTICS, STATISTICS, TEMPERATURE_STATISTICS, statistics_count
 from . import launch
+from .recipe_rows import finish_row
 from .row_result import finish, slopes
 from .row_state import HARD_OWN, RowState, fold, hard_sum
 from .rows import (
@@ -30,6 +31,9 @@ MAX_SPLITS = tl.constexpr(launch.MAX_SPLITS)
 FIRST_SAVED = tl.constexpr(STATISTICS.index("teacher_max"))
 FIRST_SLOPE = tl.constexpr(len(STATISTICS))
 STUDENT_ENTROPY = tl.constexpr(STATISTICS.index("student_entropy"))
+NUM_PUBLIC = tl.constexpr(len(PUBLIC_FIELDS))
+FIRST_OF_TEMPERATURES = tl.constexpr(len(RECIPE_STATISTICS))
+NUM_OF_TEMPERATURE = tl.constexpr(len(TEMPERATURE_STATISTICS))
 
 
 # ---- partial states [rows, PARTIAL_FIELDS, splits] ---------------------------------------------------------------
@@ -120,10 +124,29 @@ def store_statistics(out, rows, row, kept, s, k, label_logit, f: tl.constexpr):
         store_fields(out, FIRST_SLOPE, rows, row, kept, slopes(s, k))
 
 
+@triton.jit
+def _recipe_statistics_kernel(pairs, recipe, class_bias, out, tile: tl.constexpr, f: tl.constexpr):
+    """In the order of eakd_kernels.stats: RECIPE_STATISTICS, TEMPERATURE_STATISTICS of each temperature, SLOPES."""
+    row, _ = program_rows(pairs, tile)
+    kept = rows_kept(pairs, row)
+    _, _, _, r = finish_row(pairs, recipe, class_bias, row, kept, tile, f)
+    rows = number(pairs.student.rows)
+    store_fields(out, 0, rows, row, kept, r.row)
+    store_fields(out, NUM_PUBLIC, rows, row, kept, r.saved)
+    for i in tl.static_range(len(r.tau)):
+        store_fields(out, FIRST_OF_TEMPERATURES + i * NUM_OF_TEMPERATURE, rows, row, kept, r.tau[i])
+    if f.SLOPES:
+        first: tl.constexpr = FIRST_OF_TEMPERATURES + len(r.tau) * NUM_OF_TEMPERATURE
+        store_fields(out, first, rows, row, kept, (r.divergence_slope, r.student_lse_slope))
+
+
 def row_statistics(rows, temperature_slopes):
     plan = launch.Plan(rows, "statistics", hard=rows.labels is not None, slopes=temperature_slopes)
-    out = plan.new_empty(statistics_count(None, temperature_slopes), *rows.student_logits.shape[:-1])
-    if plan.splits == 1:
+    fields = statistics_count(None if plan.recipe is None else len(plan.recipe.tau), temperature_slopes)
+    out = plan.new_empty(fields, *rows.student_logits.shape[:-1])
+    if plan.recipe is not None:
+        plan.run(_recipe_statistics_kernel, plan.recipe, plan.class_bias, out)
+    elif plan.splits == 1:
         plan.run(_statistics_kernel, out)
     else:
         plan.run_a_row(_merged_statistics_kernel, partial_states(plan), out)
