@@ -239,7 +239,8 @@ def generalized_jsd(beta: float) -> Divergence:
 
 
 BY_NAME = {"forward_kl": ForwardKL(), "reverse_kl": ReverseKL(), "jeffreys": Jeffreys()}
-BY_CODE = {d.code: d for d in (Jeffreys, JSD, SkewForwardKL, SkewReverseKL, TotalVariation, AlphaBeta, SquaredHellinger)}
+_KINDS = (Jeffreys, JSD, SkewForwardKL, SkewReverseKL, TotalVariation, AlphaBeta, SquaredHellinger)
+BY_CODE = {kind.code: kind for kind in _KINDS}
 DECOUPLED = 16  # the code of functional.ea_dkd_loss: alpha TCKD + beta NCKD, which is no sum over columns
 
 
