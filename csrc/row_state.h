@@ -19,7 +19,8 @@
 #if defined(__CUDACC__)
 #define EAKD_HD __host__ __device__ __forceinline__
 #else
-#define EAKD_HD inline
+// Columns' formulas return several vectors, which a call would pass through memory.
+#define EAKD_HD inline __attribute__((always_inline))
 #endif
 
 namespace eakd {

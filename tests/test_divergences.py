@@ -246,6 +246,9 @@ def test_masked_sides(divergence, backend):
     finite = want.isfinite()
     torch.testing.assert_close(got[finite].double(), want[finite], rtol=4e-6, atol=1e-6)
     assert gradient[finite].isfinite().all()
+    for options in ({"student_softcap": 20.0, "teacher_softcap": 20.0}, {"standardize": True}):
+        _, gradient = bare(student, teacher, divergence, backend, **options)
+        assert gradient[finite].isfinite().all(), options
     silent = ea_kd_loss(student, teacher, divergence=divergence, weighting=torch.zeros(2), backend=backend)
     assert silent == 0 and not torch.autograd.grad(silent, student)[0].any()
 

@@ -113,7 +113,7 @@ double sum_of(const T* e, int64_t n) {
 // y/tau - z/tau in nats. The difference of logits is exact where both sides have the same temperature: exponents of 20
 // would bring their own rounding, and that of log2(e)/tau, into what formulas multiply by.
 template <typename T>
-Vec<T> difference_at(const RecipeBlock<T>& block, int64_t i) {
+EAKD_HD Vec<T> difference_at(const RecipeBlock<T>& block, int64_t i) {
   const Vec<T> y = load(block.y + i) - block.my, z = load(block.z + i) - block.mz;
   const Vec<T> step = (y - z) * block.nat + raise_to(z, T(-1e30)) * block.nat_gap;
   return block.bias == nullptr ? step : step + T(kLn2) * load(block.bias + i);
@@ -123,7 +123,7 @@ template <typename T>
 struct Exponents {
   Vec<T> b, d, unbiased;  // d unclamped: -inf under teacher mass is an infinite divergence
 
-  Exponents(const RecipeBlock<T>& block, int64_t i)
+  EAKD_HD Exponents(const RecipeBlock<T>& block, int64_t i)
       : d((load(block.z + i) - block.mz) * block.k_z), unbiased((load(block.y + i) - block.my) * block.k_y) {
     b = block.bias == nullptr ? unbiased : unbiased + load(block.bias + i);
   }
@@ -167,7 +167,8 @@ void kl_sums(TauSums<double>& s, const RecipeBlock<T>& block, bool forward, bool
 // ---- values and gradients ----------------------------------------------------------------------------------------
 
 template <typename T>
-Column<Vec<T>> column_at(const RecipeBlock<T>& block, const Normalisers<T>& by, const Exponents<T>& at, int64_t i) {
+EAKD_HD Column<Vec<T>> column_at(const RecipeBlock<T>& block, const Normalisers<T>& by, const Exponents<T>& at,
+                                 int64_t i) {
   Column<Vec<T>> c;
   c.p = load(block.eb + i) * by.inverse_B0, c.q = load(block.ed + i) * by.inverse_D0;
   c.log2_p = at.b - by.log2_B0, c.log2_q = at.d - by.log2_D0;
@@ -176,7 +177,7 @@ Column<Vec<T>> column_at(const RecipeBlock<T>& block, const Normalisers<T>& by, 
 }
 
 template <typename T>
-auto without_mass(const RecipeBlock<T>& block, int64_t i) {
+EAKD_HD auto without_mass(const RecipeBlock<T>& block, int64_t i) {
   return (load(block.y + i) == -T(INFINITY)) & (load(block.z + i) == -T(INFINITY));
 }
 
@@ -193,7 +194,9 @@ void add_values(TauSums<double>& s, const RecipeBlock<T>& block, const Normalise
     f += t.f, h += t.h;
     if (keep_h != nullptr) store(keep_h + i, t.h);
     if constexpr (PULLS) {
-      hd += times(t.h, at.d), fb += times(Vec<T>(of_degree * t.f - t.h), at.unbiased);
+      // A masked logit does not move, whatever hangs on it.
+      hd += at.d == -T(INFINITY) ? Vec<T>{} : t.h * at.d;
+      fb += at.unbiased == -T(INFINITY) ? Vec<T>{} : (of_degree * t.f - t.h) * at.unbiased;
       pb += times(c.p, at.unbiased), qd += times(c.q, at.d);
     }
   }
@@ -272,7 +275,7 @@ void finish_gradient(T* g, const T* z, int64_t n, const OwnGradient<T>& own) {
     value *= own.scale;
     if (own.cap != 0) {
       const Vec<T> share = x / own.cap;
-      value = masked ? value : value * (T(1) - share * share);
+      value = masked ? Vec<T>{} : value * (T(1) - share * share);
     }
     store(g + i, value);
   }
