@@ -40,7 +40,7 @@ EAKD_HD V times(V mass, V x) {
   return mass == 0 ? V{} : mass * x;  // NaN stays
 }
 
-// m = w p + (1 - w) q in log space, from the smaller of p/q and q/p: log p - log m, log q - log m, and q/m.
+// m = w p + (1 - w) q, 0 < w < 1, in log space, from the smaller of p/q and q/p: log p - log m, log q - log m, and q/m.
 template <typename V>
 struct Mixture {
   V p_over_m, q_over_m, q_share;
@@ -51,10 +51,8 @@ struct Mixture {
     const auto larger_p = c.delta > T(0);
     const V magnitude = larger_p ? c.delta : -c.delta;
     const V ratio = Math::exp2(magnitude * T(-kLog2E)), one = V{} + 1;
-    const V larger = larger_p ? w : one - w, x = larger + (larger_p ? one - w : w) * ratio;  // m over the larger
-    // A mixture without the larger is the smaller, whose ratio may underflow.
-    const V log_x = larger == 0 ? -magnitude : Math::ln(x);
-    const V q_share = larger_p ? (larger == 0 ? one : ratio / x) : one / x;
+    const V x = (larger_p ? w : one - w) + (larger_p ? one - w : w) * ratio;  // m over the larger
+    const V log_x = Math::ln(x), q_share = (larger_p ? ratio : one) / x;
     return {larger_p ? -log_x : c.delta - log_x, larger_p ? -c.delta - log_x : -log_x, q_share};
   }
 };
@@ -79,6 +77,10 @@ EAKD_HD V power_difference(const Column<V>& c, T x, V shift) {
 template <typename Math, typename V, typename T>
 EAKD_HD V power_of(V mass, V log2_mass, T x) {
   if (x > 2) return Math::exp2(log2_mass * x);
+  if (x >= T(0.5)) {  // below 1e-38 nothing is left of it either way
+    const V exponent = (x - 1) * (log2_mass < T(-150) ? V{} + T(-150) : log2_mass);
+    return mass * Math::exp2(exponent);
+  }
   const auto there = mass > T(1e-30);
   const V rest = Math::exp2(log2_mass * (there ? V{} + (x - 1) : V{} + x));
   return there ? mass * rest : rest;
@@ -116,7 +118,7 @@ EAKD_HD Terms<V> terms(const Column<V>& c, T first, T second) {
   } else if constexpr (KIND == kSkewReverseKL) {
     const auto m = Mixture<V>::template of<Math>(c, V{} + (1 - first));
     const V f = times(c.q, m.q_over_m);
-    return {f, f + c.q - (first == 0 ? V{} : first * times(c.q, m.q_share))};
+    return {f, f + c.q - first * times(c.q, m.q_share)};
   } else if constexpr (KIND == kTotalVariation) {
     const V difference = T(0.5) * (c.p - c.q);
     const V half = T(0.5) * c.q;

@@ -33,6 +33,16 @@ struct Normalisers {
   T log2_B0, log2_D0, ln_ratio;  // ln(D0/B0)
 };
 
+// Temperatures that are powers 1 to 6 of one base, in one loop: what is summed, and the gradient's factors.
+constexpr int kMostPower = 6;
+struct PowerSums {
+  double B0[kMostPower + 1], D0[kMostPower + 1], difference[kMostPower + 1];  // S 2^b, S 2^d, S 2^b (y - z)
+};
+template <typename T>
+struct PowerFactors {
+  T p[kMostPower + 1], q[kMostPower + 1];
+};
+
 // What finish_gradient makes of the gradient in u; recipe.h, RecipeBasis.
 template <typename T>
 struct OwnGradient {
@@ -57,6 +67,8 @@ struct RecipeKernels {
   double (*sum)(const T* e, int64_t n);
   // Sums of one temperature and t in one loop, about the state's maxima; 2^b and 2^d into eb and ed.
   void (*fused_sums)(RowState<double>&, const T* y, const T* z, int64_t n, const Temperatures<double>&, T* eb, T* ed);
+  // Of the powers in `mask` of the block's eb and ed.
+  void (*power_sums)(PowerSums&, const RecipeBlock<T>&, unsigned mask);
   void (*kl_sums)(TauSums<double>&, const RecipeBlock<T>&, bool forward, bool reverse);
   // keep_h: [n], where h is to stay; null: nowhere
   void (*values)(TauSums<double>&, const RecipeBlock<T>&, const Normalisers<T>&, const Recipe&, bool pulls, T* keep_h);
@@ -65,6 +77,8 @@ struct RecipeKernels {
   // g += c h_j + q q_j; kept_h: where `values` left h, or null; first: nothing is in g yet
   void (*add_gradient)(T* g, const RecipeBlock<T>&, const Normalisers<T>&, const Recipe&, T c, T q, const T* kept_h,
                        bool first);
+  // g += S over powers of p eb^P + q ed^P
+  void (*add_power_gradient)(T* g, const RecipeBlock<T>&, const PowerFactors<T>&, bool first);
   void (*finish_gradient)(T* g, const T* z, int64_t n, const OwnGradient<T>&);
   void (*store)(const LogitsView&, char* row, int64_t column, int64_t n, const T* from, bool past_caches);
 };

@@ -129,6 +129,21 @@ struct Exponents {
   }
 };
 
+template <typename T>
+void power_sums(PowerSums& s, const RecipeBlock<T>& block, unsigned mask) {
+  Vec<T> B0[kMostPower + 1]{}, D0[kMostPower + 1]{}, difference[kMostPower + 1]{};
+  for (int64_t i = 0; i < block.n; i += kLanes) {
+    const Vec<T> uy = load(block.eb + i), uz = load(block.ed + i);
+    const Vec<T> step = (load(block.y + i) - block.my) - (load(block.z + i) - block.mz);
+    Vec<T> eb = uy, ed = uz;
+#pragma GCC unroll 6
+    for (int P = 1; P <= kMostPower; ++P, eb *= uy, ed *= uz)
+      if (mask >> P & 1) B0[P] += eb, D0[P] += ed, difference[P] += times(eb, step);
+  }
+  for (int P = 1; P <= kMostPower; ++P)
+    s.B0[P] = sum<T>(B0[P]), s.D0[P] = sum<T>(D0[P]), s.difference[P] = sum<T>(difference[P]);
+}
+
 template <int P, bool FORWARD, bool REVERSE, typename T>
 void add_kl_sums(TauSums<double>& s, const RecipeBlock<T>& block) {
   Vec<T> B0{}, D0{}, Bd{}, Dd{};
@@ -258,6 +273,18 @@ void add_gradient(T* g, const RecipeBlock<T>& block, const Normalisers<T>& by, c
 }
 
 template <typename T>
+void add_power_gradient(T* g, const RecipeBlock<T>& block, const PowerFactors<T>& by, bool first) {
+  add_columns(g, block.n, first, [&](int64_t i) {
+    const Vec<T> uy = load(block.eb + i), uz = load(block.ed + i);
+    Vec<T> p = splat(by.p[kMostPower]), q = splat(by.q[kMostPower]);
+#pragma GCC unroll 6
+    for (int P = kMostPower - 1; P >= 1; --P)
+      p = p * uy + by.p[P], q = q * uz + by.q[P];
+    return q * uz + p * uy;
+  });
+}
+
+template <typename T>
 void finish_gradient(T* g, const T* z, int64_t n, const OwnGradient<T>& own) {
   const RecipeBasis<T>& c = own.basis;
   if (c.inverse == 1 && c.linear == 0 && c.entropy == 0 && c.hard == 0 && own.scale == 1 && own.cap == 0) return;
@@ -301,10 +328,12 @@ constexpr RecipeKernels<T> recipe_kernels = {load_recipe_columns<T>,
                                              side_sums<T>,
                                              sum_of<T>,
                                              fused_sums<T>,
+                                             power_sums<T>,
                                              kl_sums<T>,
                                              values<T>,
                                              reverse_sum<T>,
                                              add_gradient<T>,
+                                             add_power_gradient<T>,
                                              finish_gradient<T>,
                                              store_recipe_columns<T>};
 

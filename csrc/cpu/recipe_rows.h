@@ -3,9 +3,9 @@
 #pragma once
 
 #include <algorithm>
-#include <cmath>
 #include <optional>
 
+#include "recipe_job.h"
 #include "recipe_kernels.h"
 #include "rows.h"
 
@@ -14,60 +14,12 @@ namespace {
 
 // Divides by every number of lanes; four arrays of it fit the first-level cache.
 constexpr int64_t kRecipeBlock = 2048;
-constexpr int kMostPower = 6;
 
 template <typename T>
 const RecipeKernels<T>& recipe_kernels_of() {
   const KernelTables& tables = cpu_kernels();
   return *static_cast<const RecipeKernels<T>*>(sizeof(T) == 8 ? tables.recipe_fp64 : tables.recipe_fp32);
 }
-
-// Temperatures as integer fractions of few: 2^(x/tau) is a power of 2^(x/base), base = power tau. One exponential
-// serves 2, 3, 4 and 6 (base 12). A power of 6 multiplies rounding errors by 6, which sums average out.
-struct SharedBases {
-  int count = 0;
-  double base[kMostTemperatures + 1];
-  int of[kMostTemperatures + 1], power[kMostTemperatures + 1];
-
-  SharedBases() = default;
-  SharedBases(const double* temperatures, int n) {
-    bool found[kMostTemperatures + 1] = {};
-    for (int left = n; left > 0; ++count) {
-      int most = 0;
-      for (int factor = 1; factor <= 4; ++factor)
-        for (int i = 0; i < n; ++i) {
-          if (found[i]) continue;
-          int served = 0;
-          for (int j = 0; j < n; ++j)
-            served += !found[j] && power_of(factor * temperatures[i], temperatures[j]) > 0;
-          if (served > most) most = served, base[count] = factor * temperatures[i];
-        }
-      for (int j = 0; j < n; ++j) {
-        const int p = power_of(base[count], temperatures[j]);
-        if (!found[j] && p > 0) found[j] = true, of[j] = count, power[j] = p, --left;
-      }
-    }
-  }
-
- private:
-  static int power_of(double base, double temperature) {
-    const double ratio = base / temperature, nearest = std::nearbyint(ratio);
-    return nearest >= 1 && nearest <= kMostPower && std::abs(ratio - nearest) < 1e-12 ? static_cast<int>(nearest) : 0;
-  }
-};
-
-// What all rows have in common.
-struct RecipeJob {
-  const RowJob& rows;
-  const RowTemperatures& temperatures;
-  Recipe recipe;
-  double t;
-  bool slopes = false;
-  bool per_row = false;                // a temperature for every row in the place of the recipe's one
-  const double* class_bias = nullptr;  // [vocab_size], nats
-
-  bool pulls() const { return slopes || recipe.standardize != kNoStandardize; }
-};
 
 enum Side : int { kTeacher, kStudent };
 
@@ -142,6 +94,11 @@ class RecipeRow {
   // One loop for both temperatures' sums, with one exponential for both where they allow it.
   bool fuses() const {
     return recipe_.count == 1 && recipe_.standardize == kNoStandardize && job_.class_bias == nullptr;
+  }
+  // Several temperatures of KL(p || q): one loop for all that share a base.
+  bool shares_loops() const {
+    return recipe_.count > 1 && recipe_.is_linear() && recipe_.standardize == kNoStandardize &&
+           job_.class_bias == nullptr && !recipe_.wants_values(job_.pulls());
   }
   int64_t block_columns(int64_t begin) const { return std::min(kRecipeBlock, columns_ - begin); }
   // Of every instruction set.
@@ -264,7 +221,9 @@ class RecipeRow {
 
   void sum_up() {
     const bool second = recipe_.standardize == kStandardizeAll, kl = recipe_.is_kl();
-    const bool forward = kl && recipe_.first_of_columns() != 0, reverse = kl && recipe_.second_of_columns() != 0;
+    const bool values = recipe_.wants_values(job_.pulls());  // which then come from a sweep of their own
+    const bool forward = kl && !values && recipe_.first_of_columns() != 0;
+    const bool reverse = kl && !values && recipe_.second_of_columns() != 0;
     const bool own_hard = job_.rows.labels != nullptr && (job_.t != 1 || second);
     for (int64_t begin = 0; begin < columns_; begin += kRecipeBlock) {
       const int64_t n = whole_vectors(block_columns(begin));
@@ -289,8 +248,51 @@ class RecipeRow {
     const SideSums e = kernels_.side_sums(x_[kStudent] + begin, exponentials(kStudent, recipe_.count, begin, n), n,
                                           T(rest_max(kStudent)), T(scales_[kStudent].t), second);
     sums_.A0 += a.sum, sums_.A1 += a.first, sums_.E0 += e.sum, sums_.E1 += e.first, sums_.E2 += e.second;
+    if (shares_loops()) return add_power_sums(begin, n);
     for (int k = 0; k < recipe_.count; ++k)
       kernels_.kl_sums(sums_.tau[k], block_at(k, begin, n, false), forward, reverse);
+  }
+
+  // visit(block, the temperatures of one base), for every base that has some.
+  template <typename Visit>
+  void each_base(int64_t begin, int64_t n, const Visit& visit) {
+    for (int base = 0; base < bases_.count; ++base) {
+      int of_base[kMostTemperatures], count = 0;
+      for (int k = 0; k < recipe_.count; ++k)
+        if (bases_.of[k] == base) of_base[count++] = k;
+      if (count > 0) visit(block_at(of_base[0], begin, n, false), of_base, count);
+    }
+  }
+
+  void add_power_sums(int64_t begin, int64_t n) {
+    each_base(begin, n, [&](const RecipeBlock<T>& block, const int* of_base, int count) {
+      unsigned mask = 0;
+      for (int i = 0; i < count; ++i)
+        mask |= 1u << bases_.power[of_base[i]];
+      PowerSums s;
+      kernels_.power_sums(s, block, mask);
+      for (int i = 0; i < count; ++i) {
+        TauSums<double>& sums = sums_.tau[of_base[i]];
+        const int P = bases_.power[of_base[i]];
+        sums.B0 += s.B0[P], sums.D0 += s.D0[P];
+        sums.Bd += s.difference[P] * (kLog2E / taus_[of_base[i]]);
+      }
+    });
+  }
+
+  void add_power_gradients(int64_t begin, int64_t n, const TauBasis<double>* bases, const double (*tau)[kNumTauFields],
+                           bool* first) {
+    each_base(begin, n, [&](const RecipeBlock<T>& block, const int* of_base, int count) {
+      PowerFactors<T> by{};
+      for (int i = 0; i < count; ++i) {
+        const int k = of_base[i], P = bases_.power[k];  // the same temperature may be there twice
+        const Normalisers<T> over = normalisers(tau[k][kRestTeacherSum], tau[k][kRestStudentSum]);
+        by.p[P] -= T(bases[k].c * recipe_.first_of_columns()) * over.inverse_B0;
+        by.q[P] += T(bases[k].q) * over.inverse_D0;
+      }
+      kernels_.add_power_gradient(scratch_[kGradient], block, by, *first);
+      *first = false;
+    });
   }
 
   void add_fused_sums(int64_t begin, int64_t n, bool reverse) {
@@ -352,7 +354,8 @@ class RecipeRow {
     const int64_t columns = block_columns(begin), n = whole_vectors(columns), label = pair_->label - begin;
     T *g = scratch_[kGradient], *z = x_[kStudent] + begin;
     bool first = true;
-    for (int k = 0; k < recipe_.count; ++k) {
+    if (shares_loops()) add_power_gradients(begin, n, bases, tau, &first);
+    for (int k = 0; k < recipe_.count && !shares_loops(); ++k) {
       if (bases[k].c == 0 && bases[k].q == 0) continue;
       const Normalisers<T> by = normalisers(tau[k][kRestTeacherSum], tau[k][kRestStudentSum]);
       kernels_.add_gradient(g, block_at(k, begin, n, !recipe_.is_linear()), by, recipe_, T(bases[k].c), T(bases[k].q),
