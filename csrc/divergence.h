@@ -72,11 +72,11 @@ EAKD_HD V power_difference(const Column<V>& c, T x, V shift) {
   return shift == T(-INFINITY) ? V{} : (larger_p ? value : -value);
 }
 
-// mass^x, x > 0. A logarithm of 17 has lost four bits; near x = 1 the mass itself goes with what is left of the power,
+// mass^x. A logarithm of 17 has lost four bits; near x = 1 the mass itself goes with what is left of the power,
 // where it has not underflowed.
 template <typename Math, typename V, typename T>
 EAKD_HD V power_of(V mass, V log2_mass, T x) {
-  if (x > 2) return Math::exp2(log2_mass * x);
+  if (!(x > 0 && x <= 2)) return Math::exp2(log2_mass * x);
   if (x >= T(0.5)) {  // below 1e-38 nothing is left of it either way
     const V exponent = (x - 1) * (log2_mass < T(-150) ? V{} + T(-150) : log2_mass);
     return mass * Math::exp2(exponent);
@@ -102,7 +102,20 @@ EAKD_HD Terms<V> positive_alpha_beta(const Column<V>& c, T a, T b) {
   return {(1 / b) * (e * (larger_p ? S : -S) + h), h};
 }
 
-// first, second: the divergence's parameters.
+// f = ((p^s - q^s)/s - q^b (p^a - q^a)/a)/b with s = a + b, and its limits; h = -q^b (p^a - q^a)/a
+template <typename Math, typename V, typename T>
+EAKD_HD Terms<V> alpha_beta(const Column<V>& c, T a, T b) {
+  if (a > 0 && b > 0) return positive_alpha_beta<Math>(c, a, b);
+  if (b == 0) {
+    const V from_a = power_difference<Math>(c, a, V{});
+    const V f = a == 0 ? T(0.5) * c.delta * c.delta : (times(power_of<Math>(c.p, c.log2_p, a), c.delta) - from_a) / a;
+    return {f, -from_a};
+  }
+  const V h = -power_difference<Math>(c, a, b * c.log2_q);
+  return {(power_difference<Math>(c, a + b, V{}) + h) / b, h};
+}
+
+// first, second: the divergence's parameters. Without mass on either side, where delta is NaN, both terms are 0.
 template <int KIND, typename Math, typename V, typename T>
 EAKD_HD Terms<V> terms(const Column<V>& c, T first, T second) {
   if constexpr (KIND == kKL) {
@@ -127,20 +140,13 @@ EAKD_HD Terms<V> terms(const Column<V>& c, T first, T second) {
     // sqrt p - sqrt q is +- the larger's root times E = 1 - e^(-|delta|/2)
     const auto larger_p = c.delta > T(0);
     const V magnitude = larger_p ? c.delta : -c.delta;
-    const V E = -Math::exp2m1(magnitude * T(-0.5 * kLog2E)), half = T(0.5) * E * (larger_p ? c.p : c.q);
-    return {half * E, larger_p ? (E - T(1)) * half : half};
+    const V E = -Math::exp2m1(magnitude * T(-0.5 * kLog2E)), half = T(0.5) * E, larger = larger_p ? c.p : c.q;
+    return {times(larger, half * E), times(larger, larger_p ? (E - T(1)) * half : half)};
   } else {
     static_assert(KIND == kAlphaBeta, "a divergence without a formula");
-    // f = ((p^s - q^s)/s - q^b (p^a - q^a)/a)/b with s = a + b, and its limits; h = -q^b (p^a - q^a)/a
-    if (first > 0 && second > 0) return positive_alpha_beta<Math>(c, first, second);
-    if (second == 0) {
-      const V from_a = power_difference<Math>(c, first, V{});
-      const V f = first == 0 ? T(0.5) * c.delta * c.delta
-                             : (times(power_of<Math>(c.p, c.log2_p, first), c.delta) - from_a) / first;
-      return {f, -from_a};
-    }
-    const V h = -power_difference<Math>(c, first, second * c.log2_q);
-    return {(power_difference<Math>(c, first + second, V{}) + h) / second, h};
+    const Terms<V> t = alpha_beta<Math>(c, first, second);
+    const auto nothing = (c.p == 0) & (c.q == 0) & (c.delta != c.delta);
+    return {nothing ? V{} : t.f, nothing ? V{} : t.h};
   }
 }
 

@@ -231,11 +231,13 @@ def test_gradcheck(divergence, live, standardize, fp64_backend):
     assert torch.autograd.gradcheck(loss, (student, temperature))
 
 
-@pytest.mark.parametrize("divergence", DIVERGENCES, ids=str)
+# but for powers of nothing that are negative
+OF_MASKED = [x for x in DIVERGENCES if not isinstance(x, d.AlphaBeta) or min(x.parameters()) > 0]
+
+
+@pytest.mark.parametrize("divergence", OF_MASKED, ids=str)
 def test_masked_sides(divergence, backend):
     """-inf on one side alone: what the formula tends to, and no NaN in it."""
-    if isinstance(divergence, d.AlphaBeta) and min(divergence.parameters()) <= 0:
-        return  # negative powers of nothing
     student, teacher = make_logits(2, 16)
     with torch.no_grad():
         student[0, 3], teacher[1, 5] = -torch.inf, -torch.inf

@@ -53,6 +53,7 @@ struct OwnGradient {
 
 template <typename T>
 struct RecipeKernels {
+  int64_t block;  // columns that a lane may add up in T
   // Scaled and capped columns of a row from `column` on, padded to the instruction set's vectors; returns their
   // maximum.
   T (*load)(const LogitsView&, const char* row, int64_t column, int64_t n, T scale, T cap, T* to);

@@ -191,11 +191,6 @@ EAKD_HD Column<Vec<T>> column_at(const RecipeBlock<T>& block, const Normalisers<
   return c;
 }
 
-template <typename T>
-EAKD_HD auto without_mass(const RecipeBlock<T>& block, int64_t i) {
-  return (load(block.y + i) == -T(INFINITY)) & (load(block.z + i) == -T(INFINITY));
-}
-
 template <int KIND, bool PULLS, typename T>
 void add_values(TauSums<double>& s, const RecipeBlock<T>& block, const Normalisers<T>& by, T first, T second,
                 T of_degree, T* keep_h) {
@@ -203,9 +198,7 @@ void add_values(TauSums<double>& s, const RecipeBlock<T>& block, const Normalise
   for (int64_t i = 0; i < block.n; i += kLanes) {
     const Exponents<T> at(block, i);
     const Column<Vec<T>> c = column_at(block, by, at, i);
-    Terms<Vec<T>> t = terms<KIND, VectorMath<T>>(c, first, second);
-    const auto nothing = without_mass(block, i);
-    t.f = nothing ? Vec<T>{} : t.f, t.h = nothing ? Vec<T>{} : t.h;
+    const Terms<Vec<T>> t = terms<KIND, VectorMath<T>>(c, first, second);
     f += t.f, h += t.h;
     if (keep_h != nullptr) store(keep_h + i, t.h);
     if constexpr (PULLS) {
@@ -261,13 +254,13 @@ void add_gradient(T* g, const RecipeBlock<T>& block, const Normalisers<T>& by, c
     return add_columns(g, block.n, first, [&](int64_t i) {
       const Column<Vec<T>> column = column_at(block, by, Exponents<T>(block, i), i);
       const Vec<T> of_q = times(column.q, Vec<T>((c * b) * (T(1) - column.delta) + q));
-      return without_mass(block, i) ? Vec<T>{} : of_q - (c * a) * column.p;
+      return of_q - (c * a) * column.p;
     });
   with_kind(recipe.divergence, [&](auto kind) {
     add_columns(g, block.n, first, [&](int64_t i) {
       const Column<Vec<T>> column = column_at(block, by, Exponents<T>(block, i), i);
       const Vec<T> h = terms<decltype(kind)::value, VectorMath<T>>(column, a, b).h;
-      return without_mass(block, i) ? Vec<T>{} : c * h + q * column.q;
+      return c * h + q * column.q;
     });
   });
 }
@@ -320,7 +313,8 @@ void store_recipe_columns(const LogitsView& v, char* row, int64_t column, int64_
 }
 
 template <typename T>
-constexpr RecipeKernels<T> recipe_kernels = {load_recipe_columns<T>,
+constexpr RecipeKernels<T> recipe_kernels = {kBlock,
+                                             load_recipe_columns<T>,
                                              block_moments<T>,
                                              largest<T>,
                                              exponentials<T>,

@@ -12,8 +12,8 @@
 namespace eakd {
 namespace {
 
-// Divides by every number of lanes; four arrays of it fit the first-level cache.
-constexpr int64_t kRecipeBlock = 2048;
+// The largest block of any instruction set. Four arrays of it fit the first-level cache.
+constexpr int64_t kMostColumnsOfBlock = 2048;
 
 template <typename T>
 const RecipeKernels<T>& recipe_kernels_of() {
@@ -29,17 +29,17 @@ class RecipeRow {
  public:
   explicit RecipeRow(const RecipeJob& job)
       : job_(job), recipe_(job.recipe), kernels_(recipe_kernels_of<T>()), columns_(job.rows.vocab_size) {
-    const int64_t blocks = (columns_ + kRecipeBlock - 1) / kRecipeBlock;
-    const int64_t row = blocks * kRecipeBlock + kPadding, bias = job.class_bias == nullptr ? 0 : 2 * row;
+    const int64_t row = (columns_ + kMostColumnsOfBlock - 1) / kMostColumnsOfBlock * kMostColumnsOfBlock + kPadding,
+                  bias = job.class_bias == nullptr ? 0 : 2 * row;
     const int64_t kept = keeps() ? (3 * recipe_.count + 2) * row : 0;
     static thread_local std::vector<T> room;
-    const int64_t needed = 2 * row + kept + bias + kScratches * (kRecipeBlock + kPadding);
+    const int64_t needed = 2 * row + kept + bias + kScratches * (kMostColumnsOfBlock + kPadding);
     if (int64_t(room.size()) < needed) room.resize(needed);
     T* p = room.data();
     for (T*& side : room_)
       side = p, p += row;
     for (T*& scratch : scratch_)
-      scratch = p, p += kRecipeBlock + kPadding;
+      scratch = p, p += kMostColumnsOfBlock + kPadding;
     if (bias > 0) set_class_bias(p, row), p += bias;
     kept_ = p, row_room_ = row;
     if (!job.per_row) set_temperatures(0);
@@ -49,6 +49,8 @@ class RecipeRow {
   void load(int64_t row) {
     if (job_.per_row) set_temperatures(row);
     pair_.emplace(job_.rows, row);
+    next_.reset();
+    if (row + 1 < job_.rows.rows) next_.emplace(job_.rows, row + 1);
     sums_ = RecipeSums<double>();
     filled_ = kept_h_ = false;
     const bool apart = recipe_.decoupled() && pair_->label >= 0 && pair_->label < columns_;
@@ -81,7 +83,7 @@ class RecipeRow {
     }
     const OwnGradient<double> own = {basis, about(common[kRecipeStudentMax]), scales_[kStudent].t,
                                      recipe_.student_scale, recipe_.student_cap};
-    for (int64_t begin = (columns_ - 1) / kRecipeBlock * kRecipeBlock; begin >= 0; begin -= kRecipeBlock)
+    for (int64_t begin = (columns_ - 1) / kernels_.block * kernels_.block; begin >= 0; begin -= kernels_.block)
       write_block(begin, bases, tau, own, at_label);
   }
 
@@ -100,7 +102,7 @@ class RecipeRow {
     return recipe_.count > 1 && recipe_.is_linear() && recipe_.standardize == kNoStandardize &&
            job_.class_bias == nullptr && !recipe_.wants_values(job_.pulls());
   }
-  int64_t block_columns(int64_t begin) const { return std::min(kRecipeBlock, columns_ - begin); }
+  int64_t block_columns(int64_t begin) const { return std::min(kernels_.block, columns_ - begin); }
   // Of every instruction set.
   static int64_t whole_vectors(int64_t n) { return (n + 15) / 16 * 16; }
   double rest_max(Side side) const { return about(side == kTeacher ? sums_.rest_My : sums_.rest_Mz); }
@@ -143,7 +145,7 @@ class RecipeRow {
     const int64_t label = pair_->label;
     double all = -INFINITY, rest = -INFINITY;
     Moments<double>& moments = side == kTeacher ? sums_.teacher : sums_.student;
-    for (int64_t begin = 0; begin < columns_; begin += kRecipeBlock) {
+    for (int64_t begin = 0; begin < columns_; begin += kernels_.block) {
       const int64_t n = block_columns(begin);
       double largest =
           ready ? kernels_.largest(x + begin, n) : kernels_.load(view, row, begin, n, T(scale), T(cap), x + begin);
@@ -193,6 +195,18 @@ class RecipeRow {
     return to;
   }
 
+  // The next row comes into the second-level cache while this one's gradient is computed, if there is room for both.
+  void prefetch_next(int64_t begin, int64_t columns) const {
+    constexpr int64_t kCacheLine = 64, kMostColumns = 1 << 16;
+    if (!next_ || columns_ > kMostColumns) return;
+    const auto prefetch = [&](const LogitsView& view, const char* row) {
+      if (view.vocab_stride != 1) return;
+      for (int64_t at = begin * view.item_bytes; at < (begin + columns) * view.item_bytes; at += kCacheLine)
+        __builtin_prefetch(row + at);
+    };
+    prefetch(job_.rows.teacher, next_->teacher), prefetch(job_.rows.student, next_->student);
+  }
+
   // raised: with 2^b and 2^d themselves.
   RecipeBlock<T> block_at(int k, int64_t begin, int64_t n, bool raised) {
     raised = raised || bias_ != nullptr;
@@ -225,7 +239,7 @@ class RecipeRow {
     const bool forward = kl && !values && recipe_.first_of_columns() != 0;
     const bool reverse = kl && !values && recipe_.second_of_columns() != 0;
     const bool own_hard = job_.rows.labels != nullptr && (job_.t != 1 || second);
-    for (int64_t begin = 0; begin < columns_; begin += kRecipeBlock) {
+    for (int64_t begin = 0; begin < columns_; begin += kernels_.block) {
       const int64_t n = whole_vectors(block_columns(begin));
       if (fuses())
         add_fused_sums(begin, n, reverse);
@@ -317,7 +331,7 @@ class RecipeRow {
   }
 
   void add_values() {
-    for (int64_t begin = 0; begin < columns_; begin += kRecipeBlock) {
+    for (int64_t begin = 0; begin < columns_; begin += kernels_.block) {
       const int64_t n = whole_vectors(block_columns(begin));
       for (int k = 0; k < recipe_.count; ++k) {
         TauSums<double>& s = sums_.tau[k];
@@ -354,6 +368,7 @@ class RecipeRow {
     const int64_t columns = block_columns(begin), n = whole_vectors(columns), label = pair_->label - begin;
     T *g = scratch_[kGradient], *z = x_[kStudent] + begin;
     bool first = true;
+    prefetch_next(begin, columns);
     if (shares_loops()) add_power_gradients(begin, n, bases, tau, &first);
     for (int k = 0; k < recipe_.count && !shares_loops(); ++k) {
       if (bases[k].c == 0 && bases[k].q == 0) continue;
@@ -387,7 +402,7 @@ class RecipeRow {
   // x_: the row as the sweeps read it, in room_ or where it lies
   T *x_[2], *room_[2], *scratch_[kScratches], *kept_, *bias_ = nullptr, *weights_ = nullptr;
   int64_t row_room_;
-  std::optional<RowPair> pair_;
+  std::optional<RowPair> pair_, next_;
   double taus_[kMostTemperatures], inverse_[2], label_[2];
   SharedBases bases_;
   SideScales<double> scales_[2];
