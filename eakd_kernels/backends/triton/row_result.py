@@ -58,8 +58,9 @@ def slopes(s, k):
     """
     mean_d, mean_bd, mean_b = tl.div_rn(s.D1, s.D0), tl.div_rn(s.Bd, s.B0), tl.div_rn(s.B1, s.B0)
     covariance = tl.div_rn(s.Bbd, s.B0) - mean_b * mean_bd
-    divergence = -tl.div_rn(LN_2 * (mean_d - (mean_b - mean_bd)) + LN_2 * LN_2 * covariance, k.tau)
-    lse = -tl.div_rn(LN_2 * mean_d + tl.div_rn(s.Mz, k.tau), k.tau)
+    # Constants come last: before Triton 3.8 the interpreter takes a constant times a tensor for a constant.
+    divergence = -tl.div_rn((mean_d - (mean_b - mean_bd)) * LN_2 + covariance * (LN_2 * LN_2), k.tau)
+    lse = -tl.div_rn(mean_d * LN_2 + tl.div_rn(s.Mz, k.tau), k.tau)
     return tl.where(s.B0 == 0, 0.0, divergence), tl.where(s.D0 == 0, 0.0, lse)
 
 
