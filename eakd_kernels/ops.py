@@ -35,22 +35,22 @@ class Rows(NamedTuple):
 
 
 class Recipe(NamedTuple):
-    """What a divergence is made of beyond KL(p || q) of the logits at one temperature: csrc/recipe.h, Recipe.
+    """What a divergence is made of: csrc/recipe.h, Recipe. The defaults are KL(p || q) of the logits as they are.
 
     Logits are multiplied by their scale, then capped: cap * tanh(scale * logits / cap).
     """
 
-    divergence: int  # divergences.Divergence.code, or divergences.DECOUPLED
-    first: float  # the divergence's parameters
-    second: float
-    standardize: int  # STANDARDIZE
-    student_scale: float
-    teacher_scale: float
-    student_cap: float  # 0: none
-    teacher_cap: float
+    divergence: int = 0  # divergences.Divergence.code, or divergences.DECOUPLED
+    first: float = 1.0  # the divergence's parameters
+    second: float = 0.0
+    standardize: int = 0  # STANDARDIZE
+    student_scale: float = 1.0
+    teacher_scale: float = 1.0
+    student_cap: float = 0.0  # 0: none
+    teacher_cap: float = 0.0
     # D = sum over k of factors_k D at temperatures_k. One of them, with Rows.temperatures in its place, if there are.
-    temperatures: tuple[float, ...]
-    factors: tuple[float, ...]
+    temperatures: tuple[float, ...] = (1.0,)
+    factors: tuple[float, ...] = (1.0,)
 
     def flat(self) -> list[float]:
         pairs = zip(self.temperatures, self.factors, strict=True)

@@ -60,14 +60,11 @@ def validate(
         recipe.temperatures[0],
         float(options.entropy_temperature),
         vocab_size,
-        recipe.flat() if class_bias is not None or recipe != _PLAIN._replace(temperatures=recipe.temperatures) else [],
+        [] if class_bias is None and recipe == Recipe(temperatures=recipe.temperatures) else recipe.flat(),
         class_bias,
     )
     bound = math.log(vocab_size) if options.entropy_bound is None else float(options.entropy_bound)
     return Problem(rows, bound, backend, rows.labels is not None, len(recipe.temperatures))
-
-
-_PLAIN = Recipe(*divergences.ForwardKL().kernel(), 0, 1.0, 1.0, 0.0, 0.0, (1.0,), (1.0,))
 
 
 def _recipe(options, decoupled) -> Recipe:

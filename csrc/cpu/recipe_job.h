@@ -1,4 +1,4 @@
-// What all rows of a recipe (../recipe.h) have in common on the CPU.
+// What all rows of a recipe (../recipe.h) have in common on the CPU: the job, its kernels, shared exponentials.
 #pragma once
 
 #include <cmath>
@@ -42,6 +42,14 @@ struct SharedBases {
     return nearest >= 1 && nearest <= kMostPower && std::abs(ratio - nearest) < 1e-12 ? static_cast<int>(nearest) : 0;
   }
 };
+
+template <typename T>
+const RecipeKernels<T>& recipe_kernels_of() {
+  const KernelTables& tables = cpu_kernels();
+  return *static_cast<const RecipeKernels<T>*>(sizeof(T) == 8 ? tables.recipe_fp64 : tables.recipe_fp32);
+}
+
+enum Side : int { kTeacher, kStudent };
 
 // What all rows have in common.
 struct RecipeJob {

@@ -15,22 +15,14 @@ namespace {
 // The largest block of any instruction set. Four arrays of it fit the first-level cache.
 constexpr int64_t kMostColumnsOfBlock = 2048;
 
-template <typename T>
-const RecipeKernels<T>& recipe_kernels_of() {
-  const KernelTables& tables = cpu_kernels();
-  return *static_cast<const RecipeKernels<T>*>(sizeof(T) == 8 ? tables.recipe_fp64 : tables.recipe_fp32);
-}
-
-enum Side : int { kTeacher, kStudent };
-
 // One thread's row.
 template <typename T>
 class RecipeRow {
  public:
   explicit RecipeRow(const RecipeJob& job)
       : job_(job), recipe_(job.recipe), kernels_(recipe_kernels_of<T>()), columns_(job.rows.vocab_size) {
-    const int64_t row = (columns_ + kMostColumnsOfBlock - 1) / kMostColumnsOfBlock * kMostColumnsOfBlock + kPadding,
-                  bias = job.class_bias == nullptr ? 0 : 2 * row;
+    const int64_t blocks = (columns_ + kMostColumnsOfBlock - 1) / kMostColumnsOfBlock;
+    const int64_t row = blocks * kMostColumnsOfBlock + kPadding, bias = job.class_bias == nullptr ? 0 : 2 * row;
     const int64_t kept = keeps() ? (3 * recipe_.count + 2) * row : 0;
     static thread_local std::vector<T> room;
     const int64_t needed = 2 * row + kept + bias + kScratches * (kMostColumnsOfBlock + kPadding);
@@ -53,8 +45,8 @@ class RecipeRow {
     if (row + 1 < job_.rows.rows) next_.emplace(job_.rows, row + 1);
     sums_ = RecipeSums<double>();
     filled_ = kept_h_ = false;
-    const bool apart = recipe_.decoupled() && pair_->label >= 0 && pair_->label < columns_;
     labelled_ = pair_->label >= 0 && pair_->label < columns_;
+    const bool apart = recipe_.decoupled() && labelled_;
     load_side(kTeacher, job_.rows.teacher, pair_->teacher, recipe_.teacher_scale, recipe_.teacher_cap, apart);
     load_side(kStudent, job_.rows.student, pair_->student, recipe_.student_scale, recipe_.student_cap, apart);
     set_scales(sums_.teacher.deviation(), sums_.student.deviation());

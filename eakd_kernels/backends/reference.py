@@ -10,8 +10,6 @@ from torch import Tensor
 from .. import divergences
 from ..ops import STANDARDIZE, Recipe, Rows, statistics_dtype
 
-PLAIN = Recipe(*divergences.ForwardKL().kernel(), 0, 1.0, 1.0, 0.0, 0.0, (1.0,), (1.0,))
-
 
 def unavailable_reason():
     return None
@@ -23,7 +21,7 @@ def unsupported_reason(device, dtypes):
 
 def statistics(rows: Rows) -> tuple[Tensor, ...]:
     """stats.PUBLIC_FIELDS as tensors [...], with PyTorch's own graph."""
-    recipe = Recipe.of(rows.recipe) or PLAIN._replace(temperatures=(rows.temperature,))
+    recipe = Recipe.of(rows.recipe) or Recipe(temperatures=(rows.temperature,))
     student = _logits(rows.student_logits, rows, recipe.student_scale, recipe.student_cap)
     teacher = _logits(rows.teacher_logits, rows, recipe.teacher_scale, recipe.teacher_cap)
     # A side that is -inf throughout has no distribution: its own statistics are 0.

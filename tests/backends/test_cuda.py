@@ -18,6 +18,12 @@ pytestmark = [] if EMULATED or UNAVAILABLE else [pytest.mark.gpu]
 
 LIBRARY = ctypes.CDLL(cuda.EMULATOR) if EMULATED else None
 PLANS = ["small", "resident", "resident:2", "resident:8", "ring", "ring:2", "ring:8", "stream", "stream:4"]
+RECIPE = {
+    "divergence": divergences.JSD(0.3),
+    "temperature": (1.0, 2.0, 4.0),
+    "teacher_softcap": 20.0,
+    "scale_by_temperature_squared": False,
+}
 
 
 @pytest.fixture(autouse=True)
@@ -63,8 +69,9 @@ def test_every_kernel(plan, dtype, monkeypatch):
 
 
 @runs
+@pytest.mark.parametrize("options", [{}, RECIPE], ids=["plain", "recipe"])
 @pytest.mark.parametrize("plan", PLANS)
-def test_the_same_bits_every_time(plan, monkeypatch):
+def test_the_same_bits_every_time(plan, options, monkeypatch):
     """On the emulator too where threads run in another order."""
     if not supports(plan):
         pytest.skip("clusters need compute capability 9.0")
@@ -74,7 +81,7 @@ def test_the_same_bits_every_time(plan, monkeypatch):
     for seed in (0, 2**64 - 1, 7, 8):
         if EMULATED:
             LIBRARY.eakd_emulator_schedule(ctypes.c_uint64(seed))
-        results.append(loss_and_gradient(student, teacher))
+        results.append(loss_and_gradient(student, teacher, **options))
     if EMULATED:
         LIBRARY.eakd_emulator_schedule(ctypes.c_uint64(0))
     for stats, gradient in results[1:]:
@@ -139,13 +146,6 @@ def test_rows_of_one_stride_beside_rows_of_two(length, alike, monkeypatch):
 
 # ---- recipes -----------------------------------------------------------------------------------------------------
 
-RECIPE = {
-    "divergence": divergences.JSD(0.3),
-    "temperature": (1.0, 2.0, 4.0),
-    "teacher_softcap": 20.0,
-    "scale_by_temperature_squared": False,
-}
-
 
 def assert_recipe_is_right(student, teacher, **options):
     stats, gradient = loss_and_gradient(student, teacher, **RECIPE, **options)
@@ -175,23 +175,6 @@ def test_recipes_without_clusters(vocab_size):
         assert_recipe_is_right(*make_logits(4, vocab_size))
     finally:
         LIBRARY.eakd_emulator_device(90, 2)
-
-
-@runs
-@pytest.mark.parametrize("plan", ["resident", "resident:4", "stream", "stream:4"])
-def test_the_same_bits_of_a_recipe(plan, monkeypatch):
-    student, teacher = make_logits(3, 5003)
-    monkeypatch.setenv("EAKD_CUDA_PLAN", plan)
-    results = []
-    for seed in (0, 2**64 - 1, 7):
-        if EMULATED:
-            LIBRARY.eakd_emulator_schedule(ctypes.c_uint64(seed))
-        results.append(loss_and_gradient(student, teacher, **RECIPE))
-    if EMULATED:
-        LIBRARY.eakd_emulator_schedule(ctypes.c_uint64(0))
-    for stats, gradient in results[1:]:
-        assert torch.equal(gradient, results[0][1])
-        assert torch.equal(stats.loss, results[0][0].loss)
 
 
 @emulated

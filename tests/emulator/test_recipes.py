@@ -7,7 +7,8 @@ What every backend makes of a recipe is in tests/test_divergences.py and tests/t
 import pytest
 import torch
 from support import assert_gradient_within_rounding, assert_within_error_rule
-from test_kernels import IN_ORDER, LIBRARY, PAIRS, Case, Computed, of_rows, schedule
+from test_kernels import LIBRARY, PAIRS, Case, Computed, of_rows, schedule
+from test_kernels import _alone as _alone  # the fixture
 
 from eakd_kernels import divergences, ea_dkd_loss, ea_kd_loss
 
@@ -19,15 +20,6 @@ KINDS = [
 ]
 CASES_OF_A_PLAN = 12
 FIELDS = ("divergence", "teacher_entropy", "student_entropy", "teacher_lse", "student_lse", "cross_entropy")
-
-
-@pytest.fixture(autouse=True)
-def _alone():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-    schedule(IN_ORDER)
 
 
 class RecipeCase(Case):
