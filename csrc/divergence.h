@@ -18,7 +18,8 @@ enum Divergence : int {
   kTotalVariation,
   kAlphaBeta,
   kSquaredHellinger,
-  kDecoupled = 16,  // first TCKD + second NCKD (recipe.h); its columns are those of KL(p || q) without the label
+  kUsualAlphaBeta,  // kAlphaBeta with a, b > 0 and 1/2 <= a + b <= 2, for loops that are compiled for it
+  kDecoupled = 16,  // first TCKD + second NCKD (recipe_result.h); its columns are those of KL(p || q) without the label
 };
 
 namespace {
@@ -49,8 +50,8 @@ struct Mixture {
   static EAKD_HD Mixture of(const Column<V>& c, V w) {
     typedef typename Math::Scalar T;
     const auto larger_p = c.delta > T(0);
-    const V magnitude = larger_p ? c.delta : -c.delta;
-    const V ratio = Math::exp2(magnitude * T(-kLog2E)), one = V{} + 1;
+    const V magnitude = Math::abs(c.delta);
+    const V ratio = Math::exp2_below_128(magnitude * T(-kLog2E)), one = V{} + 1;
     const V x = (larger_p ? w : one - w) + (larger_p ? one - w : w) * ratio;  // m over the larger
     const V log_x = Math::ln(x), q_share = (larger_p ? ratio : one) / x;
     return {larger_p ? -log_x : c.delta - log_x, larger_p ? -c.delta - log_x : -log_x, q_share};
@@ -67,45 +68,49 @@ EAKD_HD V power_difference(const Column<V>& c, T x, V shift) {
   const V larger = u > v ? u : v;
   const T size = x < 0 ? -x : x;
   const auto larger_p = c.delta > T(0);
-  const V magnitude = larger_p ? c.delta : -c.delta;
+  const V magnitude = Math::abs(c.delta);
   const V value = times(-Math::exp2m1(magnitude * (size * T(-kLog2E))), Math::exp2(larger + shift)) / size;
   return shift == T(-INFINITY) ? V{} : (larger_p ? value : -value);
 }
 
-// mass^x. A logarithm of 17 has lost four bits; near x = 1 the mass itself goes with what is left of the power,
-// where it has not underflowed.
+// mass^x for 1/2 <= x <= 2. A logarithm of 17 has lost four bits, so the mass itself goes with what is left of the
+// power; below 1e-38 nothing is left of it either way.
+template <typename Math, typename V, typename T>
+EAKD_HD V power_near_one(V mass, V log2_mass, T x) {
+  return mass * Math::exp2_bounded((x - 1) * Math::larger(log2_mass, V{} + T(-150)));
+}
+
+// mass^x. As near 1 where the mass has not underflowed.
 template <typename Math, typename V, typename T>
 EAKD_HD V power_of(V mass, V log2_mass, T x) {
   if (!(x > 0 && x <= 2)) return Math::exp2(log2_mass * x);
-  if (x >= T(0.5)) {  // below 1e-38 nothing is left of it either way
-    const V exponent = (x - 1) * (log2_mass < T(-150) ? V{} + T(-150) : log2_mass);
-    return mass * Math::exp2(exponent);
-  }
+  if (x >= T(0.5)) return power_near_one<Math>(mass, log2_mass, x);
   const auto there = mass > T(1e-30);
-  const V rest = Math::exp2(log2_mass * (there ? V{} + (x - 1) : V{} + x));
+  const V rest = Math::exp2_below_128(log2_mass * (there ? V{} + (x - 1) : V{} + x));
   return there ? mass * rest : rest;
 }
 
 // AlphaBeta with both powers positive, as almost everybody has them, in three exponentials: with e the larger of p and
 // q to the power s = a + b, and A, B = 1 - e^(-a |delta|), 1 - e^(-b |delta|),
-//     (p^s - q^s)/s = +-e S/s        q^b (p^a - q^a)/a = e (1 - B) A/a, or -e A/a where q is larger        S = A + B -
-//     A B
-template <typename Math, typename V, typename T>
+//     (p^s - q^s)/s = +-e S/s        q^b (p^a - q^a)/a = e (1 - B) A/a, or -e A/a where q is larger
+//     S = A + B - A B
+// NEAR: 1/2 <= s <= 2. No mass, no term.
+template <bool NEAR, typename Math, typename V, typename T>
 EAKD_HD Terms<V> positive_alpha_beta(const Column<V>& c, T a, T b) {
   const T s = a + b;
   const auto larger_p = c.delta > T(0);
-  const V magnitude = larger_p ? c.delta : -c.delta;
-  const V e = power_of<Math>(larger_p ? c.p : c.q, larger_p ? c.log2_p : c.log2_q, s);
+  const V magnitude = Math::abs(c.delta), mass = Math::larger(c.p, c.q), log2_mass = Math::larger(c.log2_p, c.log2_q);
+  const V e = NEAR ? power_near_one<Math>(mass, log2_mass, s) : power_of<Math>(mass, log2_mass, s);
   const V A = -Math::exp2m1(magnitude * (a * T(-kLog2E))), B = -Math::exp2m1(magnitude * (b * T(-kLog2E)));
-  const V S = (A + B - A * B) * (1 / s), share = A * (1 / a);
-  const V h = e * (larger_p ? (B - T(1)) * share : share);
-  return {(1 / b) * (e * (larger_p ? S : -S) + h), h};
+  const V S = (A + B * (T(1) - A)) * (1 / s), share = A * (1 / a);
+  const V h = larger_p ? (B - T(1)) * share : share, f = (1 / b) * ((larger_p ? S : -S) + h);
+  return {times(e, f), times(e, h)};
 }
 
 // f = ((p^s - q^s)/s - q^b (p^a - q^a)/a)/b with s = a + b, and its limits; h = -q^b (p^a - q^a)/a
 template <typename Math, typename V, typename T>
 EAKD_HD Terms<V> alpha_beta(const Column<V>& c, T a, T b) {
-  if (a > 0 && b > 0) return positive_alpha_beta<Math>(c, a, b);
+  if (a > 0 && b > 0) return positive_alpha_beta<false, Math>(c, a, b);
   if (b == 0) {
     const V from_a = power_difference<Math>(c, a, V{});
     const V f = a == 0 ? T(0.5) * c.delta * c.delta : (times(power_of<Math>(c.p, c.log2_p, a), c.delta) - from_a) / a;
@@ -139,9 +144,11 @@ EAKD_HD Terms<V> terms(const Column<V>& c, T first, T second) {
   } else if constexpr (KIND == kSquaredHellinger) {
     // sqrt p - sqrt q is +- the larger's root times E = 1 - e^(-|delta|/2)
     const auto larger_p = c.delta > T(0);
-    const V magnitude = larger_p ? c.delta : -c.delta;
+    const V magnitude = Math::abs(c.delta);
     const V E = -Math::exp2m1(magnitude * T(-0.5 * kLog2E)), half = T(0.5) * E, larger = larger_p ? c.p : c.q;
     return {times(larger, half * E), times(larger, larger_p ? (E - T(1)) * half : half)};
+  } else if constexpr (KIND == kUsualAlphaBeta) {
+    return positive_alpha_beta<true, Math>(c, first, second);
   } else {
     static_assert(KIND == kAlphaBeta, "a divergence without a formula");
     const Terms<V> t = alpha_beta<Math>(c, first, second);

@@ -161,16 +161,16 @@ void compute_statistics(const Rows& rows, T* out) {
   });
 }
 
-// visit(row, the thread's RecipeRow with it loaded) for every row kept.
+// visit(row, the thread's RecipeRow at it) for every row kept.
 template <typename T, typename Visit>
 void visit_recipe_rows(const RecipeJob& job, const Visit& visit) {
   at::parallel_for(0, job.rows.rows, row_grain(job.rows), [&](int64_t begin, int64_t end) {
     const FlushSubnormals flush;
-    RecipeRow<T> loaded(job);
+    RecipeRow<T> opened(job);
     for (int64_t row = begin; row < end; ++row) {
       if (!job.rows.kept(row)) continue;
-      loaded.load(row);
-      visit(row, loaded);
+      opened.open(row);
+      visit(row, opened);
     }
   });
 }
@@ -179,8 +179,8 @@ template <typename T>
 void compute_recipe_statistics(const Rows& rows, bool slopes, T* out) {
   const RowTemperatures temperatures = rows.temperatures();
   const RecipeJob job = rows.recipe_job(temperatures, slopes);
-  visit_recipe_rows<T>(job, [&](int64_t row, RecipeRow<T>& loaded) {
-    const RecipeNumbers<double> numbers = loaded.statistics();
+  visit_recipe_rows<T>(job, [&](int64_t row, RecipeRow<T>& opened) {
+    const RecipeNumbers<double> numbers = opened.statistics();
     int field = 0;
     const auto put = [&](double value) { out[field++ * rows.job.rows + row] = T(value); };
     for (const double value : numbers.common)
@@ -231,7 +231,7 @@ void compute_recipe_gradient(const Rows& rows, const T* statistics, const T* con
   const RowTemperatures temperatures = rows.temperatures();
   const RecipeJob job = rows.recipe_job(temperatures, false);
   write_zeros(rows.job);
-  visit_recipe_rows<T>(job, [&](int64_t row, RecipeRow<T>& loaded) {
+  visit_recipe_rows<T>(job, [&](int64_t row, RecipeRow<T>& opened) {
     RecipeNumbers<double> numbers;
     int field = 0;
     const auto next = [&] { return double(statistics[field++ * rows.job.rows + row]); };
@@ -241,7 +241,7 @@ void compute_recipe_gradient(const Rows& rows, const T* statistics, const T* con
       for (double& value : numbers.tau[k])
         value = next();
     const auto g = [&](int i) { return upstream[i] == nullptr ? 0.0 : double(upstream[i][row]); };
-    loaded.write_gradient(numbers.common, numbers.tau, {g(0), g(1), g(2), g(3)});
+    opened.write_gradient(numbers.common, numbers.tau, {g(0), g(1), g(2), g(3)});
   });
 }
 
@@ -289,8 +289,8 @@ void compute_recipe_loss(const Rows& rows, const LossRule& rule, const T* weight
   const RowTemperatures temperatures = rows.temperatures();
   const RecipeJob job = rows.recipe_job(temperatures, false);
   write_zeros(rows.job);
-  visit_recipe_rows<T>(job, [&](int64_t row, RecipeRow<T>& loaded) {
-    const RecipeNumbers<double> numbers = loaded.statistics();
+  visit_recipe_rows<T>(job, [&](int64_t row, RecipeRow<T>& opened) {
+    const RecipeNumbers<double> numbers = opened.statistics();
     for (int field = 0; field < 6; ++field)
       out[field * rows.job.rows + row] = T(numbers.common[field]);
     const double* c = numbers.common;
@@ -298,7 +298,7 @@ void compute_recipe_loss(const Rows& rows, const LossRule& rule, const T* weight
     const RowLoss<double> loss =
         row_loss(r, temperatures.at(row), rule, weights == nullptr ? 1.0 : double(weights[row]));
     out[kWeight * rows.job.rows + row] = loss.weight, out[kLoss * rows.job.rows + row] = loss.loss;
-    loaded.write_gradient(c, numbers.tau, {loss.divergence_factor * scale, 0, 0, rule.ce_weight * scale});
+    opened.write_gradient(c, numbers.tau, {loss.divergence_factor * scale, 0, 0, rule.ce_weight * scale});
   });
 }
 

@@ -2,7 +2,7 @@
 // that lie as the arithmetic type T in the first-level cache, padded with -inf to whole vectors.
 #pragma once
 
-#include "../recipe.h"
+#include "../recipe_result.h"
 #include "row_kernels.h"
 
 namespace eakd {
@@ -24,6 +24,8 @@ struct RecipeBlock {
   T k_y, k_z;        // log2(e)/tau of the sides
   T nat, nat_gap;    // the teacher's 1/tau, and how much larger it is than the student's: 0, or logits are standardised
   int power;         // 1 for all but kl_sums and a gradient without formula
+
+  bool is_plain() const { return bias == nullptr && nat_gap == 0; }
 };
 
 // The normalisers of a row at one temperature.
@@ -37,13 +39,14 @@ struct Normalisers {
 constexpr int kMostPower = 6;
 struct PowerSums {
   double B0[kMostPower + 1], D0[kMostPower + 1], difference[kMostPower + 1];  // S 2^b, S 2^d, S 2^b (y - z)
+  double teacher, student;  // S 2^b y, S 2^d z at the entropies' power
 };
 template <typename T>
 struct PowerFactors {
   T p[kMostPower + 1], q[kMostPower + 1];
 };
 
-// What finish_gradient makes of the gradient in u; recipe.h, RecipeBasis.
+// What finish_gradient makes of the gradient in u; recipe_result.h, RecipeBasis.
 template <typename T>
 struct OwnGradient {
   RecipeBasis<T> basis;
@@ -66,15 +69,17 @@ struct RecipeKernels {
   // e: 2^((x - centre) k)
   SideSums (*side_sums)(const T* x, const T* e, int64_t n, T centre, T k, bool second);
   double (*sum)(const T* e, int64_t n);
-  // Sums of one temperature and t in one loop, about the state's maxima; 2^b and 2^d into eb and ed.
-  void (*fused_sums)(RowState<double>&, const T* y, const T* z, int64_t n, const Temperatures<double>&, T* eb, T* ed);
-  // Of the powers in `mask` of the block's eb and ed.
-  void (*power_sums)(PowerSums&, const RecipeBlock<T>&, unsigned mask);
+  // Sums of one temperature and t in one loop, about the state's maxima; 2^b and 2^d into eb and ed. Columns from
+  // `next` on come into the cache meanwhile.
+  void (*fused_sums)(RowState<double>&, const T* y, const T* z, int64_t n, const Temperatures<double>&, T* eb, T* ed,
+                     const RowJob&, const RowPair&, int64_t next);
+  // Of the powers in `mask` of the block's eb and ed. entropies: one of them, or 0.
+  void (*power_sums)(PowerSums&, const RecipeBlock<T>&, unsigned mask, int entropies);
   void (*kl_sums)(TauSums<double>&, const RecipeBlock<T>&, bool forward, bool reverse);
   // keep_h: [n], where h is to stay; null: nowhere
   void (*values)(TauSums<double>&, const RecipeBlock<T>&, const Normalisers<T>&, const Recipe&, bool pulls, T* keep_h);
-  // 2^d (d - b)
-  double (*reverse_sum)(const RecipeBlock<T>&);
+  // S 2^d (z - y), both about their centres
+  double (*reverse_sum)(const T* y, const T* z, const T* ed, int64_t n, T my, T mz);
   // g += c h_j + q q_j; kept_h: where `values` left h, or null; first: nothing is in g yet
   void (*add_gradient)(T* g, const RecipeBlock<T>&, const Normalisers<T>&, const Recipe&, T c, T q, const T* kept_h,
                        bool first);

@@ -112,46 +112,51 @@ double sum_of(const T* e, int64_t n) {
 
 // y/tau - z/tau in nats. The difference of logits is exact where both sides have the same temperature: exponents of 20
 // would bring their own rounding, and that of log2(e)/tau, into what formulas multiply by.
-template <typename T>
+// PLAIN: neither class weights nor logits that are standardised.
+template <bool PLAIN, typename T>
 EAKD_HD Vec<T> difference_at(const RecipeBlock<T>& block, int64_t i) {
   const Vec<T> y = load(block.y + i) - block.my, z = load(block.z + i) - block.mz;
+  if constexpr (PLAIN) return (y - z) * block.nat;
   const Vec<T> step = (y - z) * block.nat + raise_to(z, T(-1e30)) * block.nat_gap;
   return block.bias == nullptr ? step : step + T(kLn2) * load(block.bias + i);
 }
 
-template <typename T>
+template <bool PLAIN, typename T>
 struct Exponents {
   Vec<T> b, d, unbiased;  // d unclamped: -inf under teacher mass is an infinite divergence
 
   EAKD_HD Exponents(const RecipeBlock<T>& block, int64_t i)
       : d((load(block.z + i) - block.mz) * block.k_z), unbiased((load(block.y + i) - block.my) * block.k_y) {
-    b = block.bias == nullptr ? unbiased : unbiased + load(block.bias + i);
+    b = PLAIN || block.bias == nullptr ? unbiased : unbiased + load(block.bias + i);
   }
 };
 
 template <typename T>
-void power_sums(PowerSums& s, const RecipeBlock<T>& block, unsigned mask) {
-  Vec<T> B0[kMostPower + 1]{}, D0[kMostPower + 1]{}, difference[kMostPower + 1]{};
+void power_sums(PowerSums& s, const RecipeBlock<T>& block, unsigned mask, int entropies) {
+  Vec<T> B0[kMostPower + 1]{}, D0[kMostPower + 1]{}, difference[kMostPower + 1]{}, teacher{}, student{};
   for (int64_t i = 0; i < block.n; i += kLanes) {
     const Vec<T> uy = load(block.eb + i), uz = load(block.ed + i);
-    const Vec<T> step = (load(block.y + i) - block.my) - (load(block.z + i) - block.mz);
+    const Vec<T> y = load(block.y + i) - block.my, z = load(block.z + i) - block.mz, step = y - z;
     Vec<T> eb = uy, ed = uz;
 #pragma GCC unroll 6
-    for (int P = 1; P <= kMostPower; ++P, eb *= uy, ed *= uz)
+    for (int P = 1; P <= kMostPower; ++P, eb *= uy, ed *= uz) {
       if (mask >> P & 1) B0[P] += eb, D0[P] += ed, difference[P] += times(eb, step);
+      if (P == entropies) teacher += times(eb, y), student += times(ed, z);
+    }
   }
   for (int P = 1; P <= kMostPower; ++P)
     s.B0[P] = sum<T>(B0[P]), s.D0[P] = sum<T>(D0[P]), s.difference[P] = sum<T>(difference[P]);
+  s.teacher = sum<T>(teacher), s.student = sum<T>(student);
 }
 
 template <int P, bool FORWARD, bool REVERSE, typename T>
-void add_kl_sums(TauSums<double>& s, const RecipeBlock<T>& block) {
+void add_kl_sums(TauSums<double>& s, RecipeBlock<T> block) {
   Vec<T> B0{}, D0{}, Bd{}, Dd{};
   for (int64_t i = 0; i < block.n; i += kLanes) {
     const Vec<T> eb = power<P>(load(block.eb + i)), ed = power<P>(load(block.ed + i));
     B0 += eb, D0 += ed;
     if constexpr (FORWARD || REVERSE) {
-      const Vec<T> step = difference_at(block, i);
+      const Vec<T> step = difference_at<false>(block, i);
       if constexpr (FORWARD) Bd += times(eb, step);
       if constexpr (REVERSE) Dd += times(ed, Vec<T>(-step));
     }
@@ -162,11 +167,11 @@ void add_kl_sums(TauSums<double>& s, const RecipeBlock<T>& block) {
 }
 
 template <typename T>
-double reverse_sum(const RecipeBlock<T>& block) {
-  Vec<T> Dd{};
-  for (int64_t i = 0; i < block.n; i += kLanes)
-    Dd -= times(load(block.ed + i), difference_at(block, i));
-  return kLog2E * sum<T>(Dd);
+double reverse_sum(const T* y, const T* z, const T* ed, int64_t n, T my, T mz) {
+  Vec<T> total{};
+  for (int64_t i = 0; i < n; i += kLanes)
+    total += times(load(ed + i), Vec<T>((load(z + i) - mz) - (load(y + i) - my)));
+  return sum<T>(total);
 }
 
 template <typename T>
@@ -181,22 +186,22 @@ void kl_sums(TauSums<double>& s, const RecipeBlock<T>& block, bool forward, bool
 
 // ---- values and gradients ----------------------------------------------------------------------------------------
 
-template <typename T>
-EAKD_HD Column<Vec<T>> column_at(const RecipeBlock<T>& block, const Normalisers<T>& by, const Exponents<T>& at,
+template <bool PLAIN, typename T>
+EAKD_HD Column<Vec<T>> column_at(const RecipeBlock<T>& block, const Normalisers<T>& by, const Exponents<PLAIN, T>& at,
                                  int64_t i) {
   Column<Vec<T>> c;
   c.p = load(block.eb + i) * by.inverse_B0, c.q = load(block.ed + i) * by.inverse_D0;
   c.log2_p = at.b - by.log2_B0, c.log2_q = at.d - by.log2_D0;
-  c.delta = difference_at(block, i) + by.ln_ratio;
+  c.delta = difference_at<PLAIN>(block, i) + by.ln_ratio;
   return c;
 }
 
-template <int KIND, bool PULLS, typename T>
-void add_values(TauSums<double>& s, const RecipeBlock<T>& block, const Normalisers<T>& by, T first, T second,
-                T of_degree, T* keep_h) {
+template <int KIND, bool PLAIN, bool PULLS, typename T>
+void add_values(TauSums<double>& s, RecipeBlock<T> block, Normalisers<T> by, T first, T second, T of_degree,
+                T* keep_h) {
   Vec<T> f{}, h{}, hd{}, fb{}, pb{}, qd{};
   for (int64_t i = 0; i < block.n; i += kLanes) {
-    const Exponents<T> at(block, i);
+    const Exponents<PLAIN, T> at(block, i);
     const Column<Vec<T>> c = column_at(block, by, at, i);
     const Terms<Vec<T>> t = terms<KIND, VectorMath<T>>(c, first, second);
     f += t.f, h += t.h;
@@ -212,16 +217,27 @@ void add_values(TauSums<double>& s, const RecipeBlock<T>& block, const Normalise
   if constexpr (PULLS) s.hd += sum<T>(hd), s.fb += sum<T>(fb), s.pb += sum<T>(pb), s.qd += sum<T>(qd);
 }
 
+// visit(Kind<KIND>()), with the usual case of AlphaBeta apart: no loop asks for the powers in every turn.
+template <typename Visit>
+void with_loop_of(const Recipe& recipe, const Visit& visit) {
+  const double a = recipe.first, b = recipe.second;
+  if (recipe.divergence == kAlphaBeta && a > 0 && b > 0 && a + b >= 0.5 && a + b <= 2)
+    visit(Kind<kUsualAlphaBeta>());
+  else
+    with_kind(recipe.divergence, visit);
+}
+
 template <typename T>
 void values(TauSums<double>& s, const RecipeBlock<T>& block, const Normalisers<T>& by, const Recipe& recipe, bool pulls,
             T* keep_h) {
   const T first = T(recipe.first_of_columns()), second = T(recipe.second_of_columns());
   const T of_degree = T(degree(recipe.divergence, recipe.first, recipe.second));
-  with_kind(recipe.divergence, [&](auto kind) {
-    if (pulls)
-      add_values<decltype(kind)::value, true>(s, block, by, first, second, of_degree, keep_h);
-    else
-      add_values<decltype(kind)::value, false>(s, block, by, first, second, of_degree, keep_h);
+  with_loop_of(recipe, [&](auto kind) {
+    constexpr int KIND = decltype(kind)::value;
+    const auto add = pulls              ? add_values<KIND, false, true, T>
+                     : block.is_plain() ? add_values<KIND, true, false, T>
+                                        : add_values<KIND, false, false, T>;
+    add(s, block, by, first, second, of_degree, keep_h);
   });
 }
 
@@ -236,6 +252,18 @@ void add_columns(T* g, int64_t n, bool first, const Value& value) {
       store(g + i, load(g + i) + value(i));
 }
 
+// forward and reverse: of KL(p || q) and KL(q || p).
+template <bool PLAIN, bool FORWARD, typename T>
+void add_kl_gradient(T* g, const RecipeBlock<T>& block, const Normalisers<T>& by, T forward, T reverse, T q,
+                     bool first) {
+  add_columns(g, block.n, first, [=](int64_t i) {
+    const Column<Vec<T>> column = column_at(block, by, Exponents<PLAIN, T>(block, i), i);
+    // q_j's two factors together, because they nearly cancel
+    const Vec<T> of_q = times(column.q, Vec<T>(reverse * (T(1) - column.delta) + q));
+    return FORWARD ? of_q - forward * column.p : of_q;
+  });
+}
+
 template <typename T>
 void add_gradient(T* g, const RecipeBlock<T>& block, const Normalisers<T>& by, const Recipe& recipe, T c, T q,
                   const T* kept_h, bool first) {
@@ -245,20 +273,19 @@ void add_gradient(T* g, const RecipeBlock<T>& block, const Normalisers<T>& by, c
     return with_power(block.power, [&](auto power_of) {
       constexpr int P = decltype(power_of)::value;
       add_columns(g, block.n, first,
-                  [&](int64_t i) { return by_D0 * power<P>(load(block.ed + i)) + p * power<P>(load(block.eb + i)); });
+                  [=](int64_t i) { return by_D0 * power<P>(load(block.ed + i)) + p * power<P>(load(block.eb + i)); });
     });
   }
   if (kept_h != nullptr)
-    return add_columns(g, block.n, first, [&](int64_t i) { return c * load(kept_h + i) + by_D0 * load(block.ed + i); });
-  if (recipe.is_kl())  // q_j's two factors together, because they nearly cancel
-    return add_columns(g, block.n, first, [&](int64_t i) {
-      const Column<Vec<T>> column = column_at(block, by, Exponents<T>(block, i), i);
-      const Vec<T> of_q = times(column.q, Vec<T>((c * b) * (T(1) - column.delta) + q));
-      return of_q - (c * a) * column.p;
-    });
-  with_kind(recipe.divergence, [&](auto kind) {
-    add_columns(g, block.n, first, [&](int64_t i) {
-      const Column<Vec<T>> column = column_at(block, by, Exponents<T>(block, i), i);
+    return add_columns(g, block.n, first, [=](int64_t i) { return c * load(kept_h + i) + by_D0 * load(block.ed + i); });
+  if (recipe.is_kl()) {
+    const auto add = block.is_plain() ? (a == 0 ? add_kl_gradient<true, false, T> : add_kl_gradient<true, true, T>)
+                                      : add_kl_gradient<false, true, T>;
+    return add(g, block, by, c * a, c * b, q, first);
+  }
+  with_loop_of(recipe, [&](auto kind) {
+    add_columns(g, block.n, first, [=](int64_t i) {
+      const Column<Vec<T>> column = column_at(block, by, Exponents<false, T>(block, i), i);
       const Vec<T> h = terms<decltype(kind)::value, VectorMath<T>>(column, a, b).h;
       return c * h + q * column.q;
     });
@@ -267,7 +294,7 @@ void add_gradient(T* g, const RecipeBlock<T>& block, const Normalisers<T>& by, c
 
 template <typename T>
 void add_power_gradient(T* g, const RecipeBlock<T>& block, const PowerFactors<T>& by, bool first) {
-  add_columns(g, block.n, first, [&](int64_t i) {
+  add_columns(g, block.n, first, [=](int64_t i) {
     const Vec<T> uy = load(block.eb + i), uz = load(block.ed + i);
     Vec<T> p = splat(by.p[kMostPower]), q = splat(by.q[kMostPower]);
 #pragma GCC unroll 6
@@ -302,8 +329,9 @@ void finish_gradient(T* g, const T* z, int64_t n, const OwnGradient<T>& own) {
 }
 
 template <typename T>
-void fused_sums(RowState<double>& s, const T* y, const T* z, int64_t n, const Temperatures<double>& k, T* eb, T* ed) {
-  sum_block_for<T>(k)(s, y, z, n, k, eb, ed, Ahead(y, z));
+void fused_sums(RowState<double>& s, const T* y, const T* z, int64_t n, const Temperatures<double>& k, T* eb, T* ed,
+                const RowJob& job, const RowPair& row, int64_t next) {
+  sum_block_for<T>(k)(s, y, z, n, k, eb, ed, Ahead(job, row, next));
 }
 
 template <typename T>

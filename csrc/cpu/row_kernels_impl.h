@@ -20,13 +20,6 @@ struct Ahead {
         student_bytes(job.student.vocab_stride == 1 ? job.student.item_bytes : 0) {
     teacher = row.teacher + column * teacher_bytes, student = row.student + column * student_bytes;
   }
-  // Of rows that are in the cache already.
-  template <typename T>
-  Ahead(const T* y, const T* z)
-      : teacher(reinterpret_cast<const char*>(y)),
-        student(reinterpret_cast<const char*>(z)),
-        teacher_bytes(sizeof(T)),
-        student_bytes(sizeof(T)) {}
   void fetch(int64_t i) const {
     __builtin_prefetch(teacher + i * teacher_bytes);
     __builtin_prefetch(student + i * student_bytes);

@@ -4,6 +4,7 @@
 #include <ATen/Parallel.h>
 
 #include <cstring>
+#include <memory>
 #include <vector>
 
 #include "dispatch.h"
@@ -46,15 +47,24 @@ class FlushSubnormals {
 #endif
 };
 
-// Room for the exponentials of one row. A thread keeps its own, a megabyte or two, for the next call: fresh memory
+// n numbers from a cache line's first byte on. A thread keeps its own, a few megabytes, for the next call: fresh memory
 // costs a page fault every 4 KB.
+template <typename T>
+T* thread_room(int64_t n) {
+  constexpr size_t kCacheLine = 64;
+  static thread_local std::vector<T> room;
+  if (room.size() < n + kCacheLine / sizeof(T)) room.resize(n + kCacheLine / sizeof(T));
+  void* p = room.data();
+  size_t bytes = room.size() * sizeof(T);
+  return static_cast<T*>(std::align(kCacheLine, n * sizeof(T), p, bytes));
+}
+
+// Room for the exponentials of one row.
 template <typename T>
 KeptExponentials<T> room_for_row(const RowJob& job) {
   constexpr int64_t kPadding = 64;  // a block is padded to whole vectors
-  const int64_t columns = job.vocab_size + kPadding, blocks = job.vocab_size / kSmallestBlock + 1;
-  static thread_local std::vector<T> room;
-  if (int64_t(room.size()) < 2 * (columns + blocks)) room.resize(2 * (columns + blocks));
-  T* p = room.data();
+  const int64_t columns = (job.vocab_size / kPadding + 2) * kPadding, blocks = job.vocab_size / kSmallestBlock + 1;
+  T* p = thread_room<T>(2 * (columns + blocks));
   return {p, p + columns, p + 2 * columns, p + 2 * columns + blocks};
 }
 

@@ -176,17 +176,27 @@ struct VectorMath;
 template <>
 struct VectorMath<float> {
   typedef float Scalar;
+  static VecF abs(VecF x) { return bits<VecF>(bits<VecU>(x) & 0x7fffffffu); }
   static VecF exp2(VecF x) {
     x = x > 128.0f ? VecF{} + 128.0f : x;  // +inf from there on; NaN stays
     return exp2_any<float>(x);
   }
+  static VecF larger(VecF a, VecF b) { return eakd::larger(a, b); }
+  // for -150 <= x < 128
+  static VecF exp2_bounded(VecF x) { return exp2_from_floor(x); }
+  static VecF exp2_below_128(VecF x) { return exp2_any<float>(x); }
   // 2^x - 1 for x <= 0, exact where that is small.
   static VecF exp2m1(VecF x) {
     x = raise_to(x, -126.0f);
+#if EAKD_HAS_SCALEF
+    const __m512 n = _mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    const VecF f = x - (VecF)n, power = (VecF)_mm512_scalef_ps(_mm512_set1_ps(1.0f), n);
+#else
     const float magic = 12582912.0f;  // as in exp2_from_floor
-    const VecF rounded = x + magic, n = rounded - magic;
+    const VecF rounded = x + magic, f = x - (rounded - magic);
     const VecF power = bits<VecF>((bits<VecU>(rounded) << 23) + 0x3f800000u);
-    return power * exp2_polynomial(x - n, 0.0f) + (power - 1.0f);
+#endif
+    return power * exp2_polynomial(f, 0.0f) + (power - 1.0f);
   }
   // For x > 0 that is normal: x = 2^e (1 + f), 1 + f within sqrt(2) of 1, and ln(1 + f) = f - f^2/2 + f^3 Q(f) with a
   // minimax Q, 6e-9 before rounding.
@@ -210,9 +220,13 @@ struct VectorMath<double> {
       x[i] = f(x[i]);
     return x;
   }
+  static VecD abs(VecD x) { return x < 0 ? -x : x; }
   static VecD exp2(VecD x) {
     return each(x, [](double v) { return __builtin_exp2(v); });
   }
+  static VecD larger(VecD a, VecD b) { return a > b ? a : b; }
+  static VecD exp2_bounded(VecD x) { return exp2(x); }
+  static VecD exp2_below_128(VecD x) { return exp2(x); }
   static VecD exp2m1(VecD x) {
     return each(x, [](double v) { return __builtin_expm1(v * 0.6931471805599453); });
   }

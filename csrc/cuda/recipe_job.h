@@ -2,7 +2,7 @@
 // recipe, with what every column needs of it in fp32.
 #pragma once
 
-#include "../recipe.h"
+#include "../recipe_result.h"
 #include "job.h"
 #include "plan.h"
 

@@ -28,7 +28,7 @@ struct RecipeSpace {
 };
 static_assert(sizeof(RecipeSpace) <= kRecipeSpace && kRecipeSpace % 128 == 0, "the row comes behind it");
 
-// The label's column as recipe.h has it; NaN for a label that is no column.
+// The label's column as recipe_result.h has it; NaN for a label that is no column.
 template <typename S, typename T, int W>
 __device__ __forceinline__ LabelColumn<float> label_of(const RecipeJob& job, const RowColumns<S, T, W>& row) {
   const int label = row.label();

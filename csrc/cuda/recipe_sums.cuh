@@ -21,7 +21,11 @@ __device__ __forceinline__ float logit(const Side& side, float raw) {
 
 struct DeviceMath {
   using Scalar = float;
+  static __device__ __forceinline__ float abs(float x) { return fabsf(x); }
+  static __device__ __forceinline__ float larger(float a, float b) { return a > b ? a : b; }
   static __device__ __forceinline__ float exp2(float x) { return ptx::ex2(x); }
+  static __device__ __forceinline__ float exp2_below_128(float x) { return ptx::ex2(x); }
+  static __device__ __forceinline__ float exp2_bounded(float x) { return ptx::ex2(x); }
   static __device__ __forceinline__ float ln(float x) { return logf(x); }
 
   // 2^x - 1 for x <= 0: the series of e^(x ln 2) - 1 where the difference would cancel.
@@ -35,7 +39,7 @@ struct DeviceMath {
 };
 
 // A row's columns at one temperature: exponents b = (y - My) k_b + class bias, d = (z - Mz) k_d, and what makes
-// probabilities of them. `c` and `q` are the gradient's (recipe.h, TauBasis).
+// probabilities of them. `c` and `q` are the gradient's (recipe_result.h, TauBasis).
 struct alignas(16) TauNumbers {
   float k_b, k_d, over_B0, over_D0;    // 1/B0; 0 where there is no mass
   float log_B0, log_D0, log_ratio, c;  // base 2; log_ratio of B0/D0

@@ -1,4 +1,4 @@
-"""The student's gradient under a recipe, of a row and of a tile of columns: csrc/recipe.h, recipe_basis."""
+"""The student's gradient under a recipe, of a row and of a tile of columns: csrc/recipe_result.h, recipe_basis."""
 
 from typing import NamedTuple
 

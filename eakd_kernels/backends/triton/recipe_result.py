@@ -1,6 +1,6 @@
 """What the sums of a recipe amount to: a row's statistics, and what its gradient needs.
 
-The Triton twin of the second half of csrc/recipe.h. As in row_result.py, functions work on a row and on a vector of
+The Triton twin of csrc/recipe_result.h. As in row_result.py, functions work on a row and on a vector of
 rows, and divisions are rounded to nearest.
 """
 

@@ -5,7 +5,7 @@
 #include <cmath>
 #include <vector>
 
-#include "recipe.h"
+#include "recipe_result.h"
 
 namespace driver {
 
