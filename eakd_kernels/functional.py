@@ -11,6 +11,7 @@ from .autograd import OnePass, row_statistics
 from .divergences import DECOUPLED, Divergence
 from .ops import WEIGHTINGS, LossRule
 from .options import check_number, explicit, options_class, takes_options
+from .row_losses import finish, is_live, is_scaled, reduce, row_stats, scale_of
 from .stats import RowStats
 from .validation import Problem, validate
 
@@ -119,7 +120,7 @@ def _loss(student_logits, teacher_logits, labels, options, decoupled=None) -> Te
         loss, stats = _one_pass(problem, options)
     else:
         stats = _statistics(problem, options)
-        loss = _reduce(stats.loss, problem, options)
+        loss = reduce(stats.loss, problem, options)
         stats = stats.detach()
     return (loss, stats) if options.return_stats else loss
 
@@ -209,15 +210,6 @@ def ea_weights(student_logits: Tensor, teacher_logits: Tensor, **options) -> Ten
         return _statistics(validate(student_logits, teacher_logits, None, options, False), options).weight
 
 
-def _is_live(options) -> bool:
-    """Whether gradient flows through the weights."""
-    if options.detach_weights:
-        return False
-    if torch.is_tensor(options.weighting):
-        return options.weighting.requires_grad
-    return options.weighting not in ("none", "teacher")
-
-
 def _runs_in_one_pass(problem: Problem, options) -> bool:
     """The gradient can be finished in forward if its scale is known there: docs/design.md, "When one pass runs"."""
     student, temperatures = problem.rows.student_logits, problem.rows.temperatures
@@ -229,20 +221,20 @@ def _runs_in_one_pass(problem: Problem, options) -> bool:
         and options.reduction != "none"
         and options.weight_norm != "mean"
         and (torch.is_tensor(options.weighting) or isinstance(options.weighting, str))
-        and not _is_live(options)
+        and not is_live(options)
         and not (temperatures is not None and temperatures.requires_grad)
     )
 
 
 def _one_pass(problem: Problem, options) -> tuple[Tensor, RowStats]:
     given = torch.is_tensor(options.weighting)
-    scale, denominator = _scale(problem, options)
+    scale, denominator = scale_of(problem, options)
     rule = LossRule(
         options.weighting.detach() if given else None,
         WEIGHTINGS["tensor" if given else options.weighting],
         problem.entropy_bound,
         weights.bound_scale(options.weight_norm, problem.entropy_bound),
-        _is_scaled(options),
+        is_scaled(options),
         float(options.kd_weight),
         float(options.ce_weight),
         scale,
@@ -250,82 +242,8 @@ def _one_pass(problem: Problem, options) -> tuple[Tensor, RowStats]:
     )
     loss, fields = OnePass.apply(*problem.rows, *rule, options.inplace_gradient, problem.backend)
     *public, weight, row_loss = fields.unbind(0)
-    return loss, _row_stats(problem, row_loss, weight, public)
-
-
-def _is_scaled(options) -> bool:
-    """Whether a factor tau^2 comes on top of the divergence; a sum over temperatures has its own inside."""
-    return options.scale_by_temperature_squared and options.temperatures is None
-
-
-def _row_stats(problem: Problem, loss, weight, public) -> RowStats:
-    divergence, teacher_entropy, student_entropy, teacher_lse, student_lse, cross_entropy = public
-    if problem.temperatures > 1:
-        teacher_lse = student_lse = None
-    if not problem.labelled:
-        cross_entropy = None
-    return RowStats(loss, weight, divergence, teacher_entropy, student_entropy, teacher_lse, student_lse, cross_entropy)
+    return loss, row_stats(problem, row_loss, weight, public)
 
 
 def _statistics(problem: Problem, options) -> RowStats:
-    rows = problem.rows
-    fields = row_statistics(rows, options.inplace_gradient, problem.backend)
-    stats = _row_stats(problem, None, None, fields)
-    weight = _weight(stats, problem, options)
-    tau_squared = 1.0
-    if _is_scaled(options):
-        tau = rows.temperature if rows.temperatures is None else rows.temperatures.to(weight.dtype)
-        tau_squared = tau * tau
-    loss = weights.row_loss(
-        stats.divergence, weight, stats.cross_entropy, tau_squared, options.kd_weight, options.ce_weight
-    )
-    return stats._replace(loss=loss, weight=weight)
-
-
-def _weight(stats: RowStats, problem: Problem, options) -> Tensor:
-    live, keep = _is_live(options), problem.rows.keep
-    with torch.set_grad_enabled(live and torch.is_grad_enabled()):
-        if torch.is_tensor(options.weighting):
-            weight = options.weighting.to(stats.divergence.dtype)
-        elif callable(options.weighting):
-            weight = _called(options.weighting, stats if live else stats.detach())
-        else:
-            weight = weights.BUILT_IN[options.weighting](stats, problem.entropy_bound)
-        if keep is not None:
-            weight = torch.where(keep, weight, 0.0)
-        weight = weights.normalize(weight, options.weight_norm, problem.entropy_bound, keep)
-    return weight if live else weight.detach()
-
-
-def _called(weighting: Callable[[RowStats], Tensor], stats: RowStats) -> Tensor:
-    weight = weighting(stats)
-    if not torch.is_tensor(weight) or weight.shape != stats.divergence.shape:
-        got = tuple(weight.shape) if torch.is_tensor(weight) else type(weight).__name__
-        raise ValueError(
-            f"weighting returned {got}; a callable must return a tensor of shape {tuple(stats.divergence.shape)}"
-        )
-    return weight.to(stats.divergence.dtype)
-
-
-def _scale(problem: Problem, options) -> tuple[float, Tensor | None]:
-    """The loss is scale / denominator * sum over rows; counts that live on the device stay there."""
-    student, keep = problem.rows.student_logits, problem.rows.keep
-    if torch.is_tensor(options.num_items):
-        items = options.num_items.detach()
-        if items.device == student.device or torch.compiler.is_compiling():
-            return 1.0, items.to(student.device)
-        return 1.0 / items.item(), None  # a count on the CPU; copying it to the GPU would wait for the GPU
-    if options.num_items is not None:
-        return 1.0 / float(options.num_items), None
-    if options.reduction == "sum":
-        return 1.0, None
-    if keep is not None:
-        return 1.0, keep.sum().clamp(min=1)
-    return 1.0 / max(student.shape[:-1].numel(), 1), None
-
-
-def _reduce(loss: Tensor, problem: Problem, options) -> Tensor:
-    if options.reduction == "none":
-        return loss
-    scale, denominator = _scale(problem, options)
-    return loss.sum() * scale if denominator is None else loss.sum() / denominator.to(loss.dtype)
+    return finish(row_statistics(problem.rows, options.inplace_gradient, problem.backend), problem, options)

@@ -1,0 +1,97 @@
+"""From statistics of rows to a loss: weight -> row loss -> reduction, whatever the statistics were taken from."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from . import weighting as weights
+from .stats import RowStats
+from .validation import Problem
+
+
+def is_live(options) -> bool:
+    """Whether gradient flows through the weights."""
+    if options.detach_weights:
+        return False
+    if torch.is_tensor(options.weighting):
+        return options.weighting.requires_grad
+    return options.weighting not in ("none", "teacher")
+
+
+def is_scaled(options) -> bool:
+    """Whether a factor tau^2 comes on top of the divergence; a sum over temperatures has its own inside."""
+    return options.scale_by_temperature_squared and options.temperatures is None
+
+
+def row_stats(problem: Problem, loss, weight, public) -> RowStats:
+    divergence, teacher_entropy, student_entropy, teacher_lse, student_lse, cross_entropy = public
+    if problem.temperatures > 1:
+        teacher_lse = student_lse = None
+    if not problem.labelled:
+        cross_entropy = None
+    return RowStats(loss, weight, divergence, teacher_entropy, student_entropy, teacher_lse, student_lse, cross_entropy)
+
+
+def finish(fields: tuple[Tensor, ...], problem: Problem, options) -> RowStats:
+    """RowStats with loss and weight from stats.PUBLIC_FIELDS of every row."""
+    stats = row_stats(problem, None, None, fields)
+    weight = _weight(stats, problem, options)
+    tau_squared = 1.0
+    if is_scaled(options):
+        rows = problem.rows
+        tau = rows.temperature if rows.temperatures is None else rows.temperatures.to(weight.dtype)
+        tau_squared = tau * tau
+    loss = weights.row_loss(
+        stats.divergence, weight, stats.cross_entropy, tau_squared, options.kd_weight, options.ce_weight
+    )
+    return stats._replace(loss=loss, weight=weight)
+
+
+def _weight(stats: RowStats, problem: Problem, options) -> Tensor:
+    live, keep = is_live(options), problem.rows.keep
+    with torch.set_grad_enabled(live and torch.is_grad_enabled()):
+        if torch.is_tensor(options.weighting):
+            weight = options.weighting.to(stats.divergence.dtype)
+        elif callable(options.weighting):
+            weight = _called(options.weighting, stats if live else stats.detach())
+        else:
+            weight = weights.BUILT_IN[options.weighting](stats, problem.entropy_bound)
+        if keep is not None:
+            weight = torch.where(keep, weight, 0.0)
+        weight = weights.normalize(weight, options.weight_norm, problem.entropy_bound, keep)
+    return weight if live else weight.detach()
+
+
+def _called(weighting: Callable[[RowStats], Tensor], stats: RowStats) -> Tensor:
+    weight = weighting(stats)
+    if not torch.is_tensor(weight) or weight.shape != stats.divergence.shape:
+        got = tuple(weight.shape) if torch.is_tensor(weight) else type(weight).__name__
+        raise ValueError(
+            f"weighting returned {got}; a callable must return a tensor of shape {tuple(stats.divergence.shape)}"
+        )
+    return weight.to(stats.divergence.dtype)
+
+
+def scale_of(problem: Problem, options) -> tuple[float, Tensor | None]:
+    """The loss is scale / denominator * sum over rows; counts that live on the device stay there."""
+    student, keep = problem.rows.student_logits, problem.rows.keep
+    if torch.is_tensor(options.num_items):
+        items = options.num_items.detach()
+        if items.device == student.device or torch.compiler.is_compiling():
+            return 1.0, items.to(student.device)
+        return 1.0 / items.item(), None  # a count on the CPU; copying it to the GPU would wait for the GPU
+    if options.num_items is not None:
+        return 1.0 / float(options.num_items), None
+    if options.reduction == "sum":
+        return 1.0, None
+    if keep is not None:
+        return 1.0, keep.sum().clamp(min=1)
+    return 1.0 / max(student.shape[:-1].numel(), 1), None
+
+
+def reduce(loss: Tensor, problem: Problem, options) -> Tensor:
+    if options.reduction == "none":
+        return loss
+    scale, denominator = scale_of(problem, options)
+    return loss.sum() * scale if denominator is None else loss.sum() / denominator.to(loss.dtype)
