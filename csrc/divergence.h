@@ -102,7 +102,7 @@ EAKD_HD Terms<V> positive_alpha_beta(const Column<V>& c, T a, T b) {
   const V magnitude = Math::abs(c.delta), mass = Math::larger(c.p, c.q), log2_mass = Math::larger(c.log2_p, c.log2_q);
   const V e = NEAR ? power_near_one<Math>(mass, log2_mass, s) : power_of<Math>(mass, log2_mass, s);
   const V A = -Math::exp2m1(magnitude * (a * T(-kLog2E))), B = -Math::exp2m1(magnitude * (b * T(-kLog2E)));
-  const V S = (A + B * (T(1) - A)) * (1 / s), share = A * (1 / a);
+  const V S = (A + B - A * B) * (1 / s), share = A * (1 / a);
   const V h = larger_p ? (B - T(1)) * share : share, f = (1 / b) * ((larger_p ? S : -S) + h);
   return {times(e, f), times(e, h)};
 }

@@ -233,6 +233,8 @@ def generalized_jsd(beta: float) -> Divergence:
 
     Those two are no limits of JSD, which tends to 0 there.
     """
+    if not 0 <= beta <= 1:
+        raise ValueError(f"generalized_jsd: beta must be a number >= 0 and <= 1, got {beta!r}")
     if beta in (0, 1):
         return ReverseKL() if beta else ForwardKL()
     return JSD(beta)
@@ -240,6 +242,7 @@ def generalized_jsd(beta: float) -> Divergence:
 
 BY_NAME = {"forward_kl": ForwardKL(), "reverse_kl": ReverseKL(), "jeffreys": Jeffreys()}
 _KINDS = (Jeffreys, JSD, SkewForwardKL, SkewReverseKL, TotalVariation, AlphaBeta, SquaredHellinger)
+ALL = (ForwardKL, ReverseKL, *_KINDS)
 BY_CODE = {kind.code: kind for kind in _KINDS}
 DECOUPLED = 16  # the code of functional.ea_dkd_loss: alpha TCKD + beta NCKD, which is no sum over columns
 

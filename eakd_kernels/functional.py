@@ -68,7 +68,8 @@ def ea_kd_loss(
         entropy_temperature: t > 0, used for H_T and H_S only. 3 is the paper's vision setting; at vocabularies of
             language models it makes all weights alike, and 1 does not.
         weighting: "ea"; "teacher" (H_T, which is ER-KD); "student" (H_S); "none" (1); a tensor [...]; or a callable
-            that takes RowStats (loss and weight None) and returns a tensor [...].
+            that takes RowStats (loss and weight None), and H_ub if it has a parameter entropy_bound, and returns a
+            tensor [...]: one of eakd_kernels.weighting, or one's own.
         entropy_bound: H_ub in nats. None: log(V). Masked (-inf) columns are not counted: pass log of the rest.
         detach_weights: no gradient through the weights, as in the paper. False: through H_S, a callable's result or
             a weight tensor.
@@ -113,8 +114,12 @@ def ea_kd_loss(
 
 
 def _loss(student_logits, teacher_logits, labels, options, decoupled=None) -> Tensor | tuple[Tensor, RowStats]:
-    # Statistics are asked for with everything in them; otherwise cross-entropy is computed where it is used.
-    wants_cross_entropy = labels is not None and (options.ce_weight != 0 or options.return_stats)
+    # Statistics are asked for, or handed to a callable, with everything in them; otherwise cross-entropy is computed
+    # where it is used.
+    wants_everything = options.return_stats or not (
+        isinstance(options.weighting, str) or torch.is_tensor(options.weighting)
+    )
+    wants_cross_entropy = labels is not None and (options.ce_weight != 0 or wants_everything)
     problem = validate(student_logits, teacher_logits, labels, options, wants_cross_entropy, decoupled)
     if _runs_in_one_pass(problem, options):
         loss, stats = _one_pass(problem, options)
@@ -201,6 +206,8 @@ def ea_weights(student_logits: Tensor, teacher_logits: Tensor, **options) -> Ten
     """The weights w of `ea_kd_loss` alone, detached: for losses on features, boxes or sequences.
 
     Takes the logits and those options of `ea_kd_loss` that decide the weights, and raises what it raises.
+
+    Classes are the last dimension: logits [N, C, H, W] go in as `x.movedim(1, -1)`.
 
     Returns:
         [...] fp32 (fp64 if a logits tensor is fp64); 0 in rows left out.

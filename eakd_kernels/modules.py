@@ -34,7 +34,11 @@ class _Loss(nn.Module):
         return self.function(*arguments, **{**kept, **options})
 
     def extra_repr(self) -> str:
-        return ", ".join(f"{name}={value!r}" for name, value in self._constants.items())
+        tensors = {
+            name: f"<{tuple(x.shape)}>" for kept in (self._parameters, self._buffers) for name, x in kept.items()
+        }
+        shown = {name: repr(value) for name, value in self._constants.items()} | tensors
+        return ", ".join(f"{name}={value}" for name, value in shown.items())
 
 
 class EAKDLoss(_Loss):

@@ -27,12 +27,30 @@ def keyword_names(function) -> tuple[str, ...]:
     return tuple(p.name for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY)
 
 
+# What others call these.
+_ALIASES = {
+    **dict.fromkeys(("tau", "T", "temp"), "temperature"),
+    "t": "entropy_temperature",
+    **dict.fromkeys(("attention_mask", "loss_mask", "labels_mask"), "mask"),
+    "h_ub": "entropy_bound",
+}
+
+
 def check_keywords(given, known, what: str) -> None:
     for name in given:
         if name not in known:
-            near = difflib.get_close_matches(name, known, 1)
-            hint = f"; did you mean {near[0]!r}?" if near else f"; it takes {', '.join(sorted(known))}"
+            # One of both sides' options, or else the nearest name.
+            near = [option for option in known if option.endswith(f"_{name}")] if "_" in name or len(name) > 6 else []
+            near = near or [_ALIASES.get(name)] * (_ALIASES.get(name) in known)
+            near = near or difflib.get_close_matches(name, known, 1)
+            hint = f"; it takes {', '.join(sorted(known))}"
+            if near:
+                hint = f"; did you mean {' and '.join(map(repr, near))}?"
             raise TypeError(f"{what} got an unknown keyword {name!r}{hint}")
+
+
+def _shown(parameters) -> list[str]:
+    return [p.name for p in parameters if p.name != "self"]
 
 
 def _signature(function, leading, names, defaults) -> inspect.Signature:
@@ -66,7 +84,7 @@ def takes_options(source, *, only=None, without=(), **defaults):
         @functools.wraps(function)
         def checked(*args, **options):
             if not known.issuperset(options):
-                check_keywords(options, (*names, *own.parameters), f"{function.__qualname__}()")
+                check_keywords(options, (*names, *_shown(leading)), f"{function.__qualname__}()")
             return function(*args, **{**defaults, **options})
 
         shown = _signature(source, leading, names, defaults)
@@ -113,9 +131,13 @@ class _Checked:
         _check_choice("reduction", self.reduction, REDUCTIONS)
         _check_choice("weight_norm", self.weight_norm, WEIGHT_NORMS)
         if isinstance(self.weighting, str) or not (callable(self.weighting) or torch.is_tensor(self.weighting)):
-            _check_choice("weighting", self.weighting, (*weighting.BUILT_IN,), ", a tensor or a callable")
+            more = ", a tensor or a callable, such as eakd_kernels.weighting.focal"
+            _check_choice("weighting", self.weighting, (*weighting.BUILT_IN,), more)
         if not isinstance(self.divergence, divergences.Divergence):
-            more = " or an instance out of eakd_kernels.divergences, such as JSD(0.5)"
+            if isinstance(self.divergence, type) and issubclass(self.divergence, divergences.Divergence):
+                raise TypeError(f"divergence must be an instance, got the class: {self.divergence.__name__}(...)")
+            classes = ", ".join(kind.__name__ for kind in divergences.ALL)
+            more = f" or an instance out of eakd_kernels.divergences ({classes}), such as JSD(0.5)"
             _check_choice("divergence", self.divergence, (*divergences.BY_NAME,), more)
         if not (isinstance(self.standardize, bool) or self.standardize == "all"):
             raise ValueError(f'standardize must be False, True or "all", got {self.standardize!r}')
@@ -165,6 +187,8 @@ class _Checked:
 
 
 def _kind(value) -> str:
+    if torch.is_tensor(value):
+        return f"a tensor of shape {tuple(value.shape)}"
     return f"{type(value).__name__} {value!r}"
 
 

@@ -1,5 +1,6 @@
 """From statistics of rows to a loss: weight -> row loss -> reduction, whatever the statistics were taken from."""
 
+import inspect
 from collections.abc import Callable
 
 import torch
@@ -54,7 +55,7 @@ def _weight(stats: RowStats, problem: Problem, options) -> Tensor:
         if torch.is_tensor(options.weighting):
             weight = options.weighting.to(stats.divergence.dtype)
         elif callable(options.weighting):
-            weight = _called(options.weighting, stats if live else stats.detach())
+            weight = _called(options.weighting, stats if live else stats.detach(), problem.entropy_bound)
         else:
             weight = weights.BUILT_IN[options.weighting](stats, problem.entropy_bound)
         if keep is not None:
@@ -63,14 +64,24 @@ def _weight(stats: RowStats, problem: Problem, options) -> Tensor:
     return weight if live else weight.detach()
 
 
-def _called(weighting: Callable[[RowStats], Tensor], stats: RowStats) -> Tensor:
-    weight = weighting(stats)
+def _called(weighting: Callable[..., Tensor], stats: RowStats, entropy_bound: float) -> Tensor:
+    weight = weighting(stats, entropy_bound=entropy_bound) if _takes_bound(weighting) else weighting(stats)
     if not torch.is_tensor(weight) or weight.shape != stats.divergence.shape:
         got = tuple(weight.shape) if torch.is_tensor(weight) else type(weight).__name__
         raise ValueError(
             f"weighting returned {got}; a callable must return a tensor of shape {tuple(stats.divergence.shape)}"
         )
     return weight.to(stats.divergence.dtype)
+
+
+def _takes_bound(weighting: Callable[..., Tensor]) -> bool:
+    """Whether it has an entropy_bound to fill, as those in eakd_kernels.weighting."""
+    called = weighting.forward if isinstance(weighting, torch.nn.Module) else weighting
+    try:
+        parameter = inspect.signature(called).parameters.get("entropy_bound")
+    except (TypeError, ValueError):  # of a builtin, say
+        return False
+    return parameter is not None and parameter.default is parameter.empty
 
 
 def scale_of(problem: Problem, options) -> tuple[float, Tensor | None]:

@@ -46,7 +46,7 @@ def validate(
     labels, temperatures = _ordinary(labels), _ordinary(temperatures)
     keep = _ordinary(_rows_kept(labels, options))
     wants_labels = wants_cross_entropy or decoupled is not None
-    _check_values(labels if wants_labels else None, keep, temperatures, options, vocab_size)
+    _check_values(labels, keep, temperatures, options, vocab_size)
     backend = dispatch.resolve(options.backend, student.device.type, student.dtype, teacher.dtype)
     if temperatures is not None and keep is not None and temperatures.shape == leading:
         temperatures = torch.where(keep, temperatures, 1.0)  # a row left out may hold anything
@@ -151,7 +151,8 @@ def _check_per_row(name, tensor, leading, student, kind) -> None:
         raise TypeError(f"{name} must be a tensor ({kind}), got {type(tensor).__name__}")
     right = tensor.is_floating_point() if kind == "floating-point" else tensor.dtype == getattr(torch, kind, None)
     if not right:
-        raise TypeError(f"{name} must be {kind}, got {tensor.dtype}")
+        cast = {"bool": ".bool()", "int64": ".long()"}.get(kind, ".float()")
+        raise TypeError(f"{name} must be {kind}, got {tensor.dtype}; {name}{cast} makes it so")
     if tensor.shape != leading:
         raise ValueError(f"{name} must have the logits' leading shape {tuple(leading)}, got {tuple(tensor.shape)}")
     _check_device(name, tensor, student)
@@ -164,6 +165,7 @@ def _check_temperature(temperature, leading, student) -> Tensor | None:
         raise ValueError(
             f"temperature must be a float, a 0-d tensor or a tensor of the logits' leading shape {tuple(leading)}, "
             f"got shape {tuple(temperature.shape)}"
+            + ("; .squeeze() makes it 0-d" if temperature.numel() == 1 else "; a tuple of floats sums over them")
         )
     _check_device("temperature", temperature, student)
     return temperature
@@ -230,17 +232,23 @@ def _check_values(labels, keep, temperatures, options, vocab_size) -> None:
     if labels is not None and labels.device.type == "cpu":
         wrong = (labels < 0) | (labels >= vocab_size)
         if some(wrong):
-            example = labels[wrong if keep is None else wrong & keep][0].item()
             raise ValueError(
-                f"labels must be in 0..{vocab_size - 1} or ignore_index={options.ignore_index} where cross-entropy "
-                f"is computed, got {example}"
+                f"labels must be in 0..{vocab_size - 1} or ignore_index={options.ignore_index} in every row kept, got "
+                + _first(labels, wrong, keep)
             )
     if temperatures is not None and temperatures.device.type == "cpu":
         values = temperatures.detach()
-        if some(~((values > 0) & values.isfinite())):
-            raise ValueError(
-                f"temperature must be finite and > 0 in every row kept, got {values.flatten()[:8].tolist()}"
-            )
+        wrong = ~((values > 0) & values.isfinite())
+        if some(wrong):
+            raise ValueError(f"temperature must be finite and > 0 in every row kept, got {_first(values, wrong, keep)}")
     items = options.num_items
     if torch.is_tensor(items) and items.device.type == "cpu" and not items > 0:
         raise ValueError(f"num_items must be > 0, got {items.item()}")
+
+
+def _first(values: Tensor, wrong: Tensor, keep: Tensor | None) -> str:
+    """The first wrong value in a row kept, and the row."""
+    if keep is not None and wrong.shape == keep.shape:
+        wrong = wrong & keep
+    row = tuple(wrong.nonzero()[0].tolist())
+    return f"{values[row].item()}" + (f" in row {row if len(row) > 1 else row[0]}" if row else "")

@@ -3,11 +3,12 @@
 EA-KD (Su et al., arXiv 2311.13621 v3) weights a row by w = (H_T + H_T H_S / H_ub)/2, which lies in [0, H_ub] and is
 largest where both distributions are uniform. Its first version, ER-KD, is the teacher's entropy alone.
 
-All return [...] and combine in a callable, whose gradient (detach_weights=False) flows through H_S:
+All return [...] and combine in a callable, whose gradient (detach_weights=False) flows through H_S. A callable with a
+parameter entropy_bound gets H_ub:
 
-    weighting=lambda s: weighting.ea(s, math.log(V)) * weighting.threshold(s, teacher_entropy=0.8)
-    weighting=functools.partial(weighting.confidence, entropy_bound=math.log(V))
-    weighting=lambda s: weighting.sequence_mean(weighting.ea(s, math.log(V)), mask=labels != -100)
+    weighting=weighting.confidence
+    weighting=lambda s, entropy_bound: weighting.ea(s, entropy_bound) * weighting.threshold(s, teacher_entropy=0.8)
+    weighting=lambda s, entropy_bound: weighting.sequence_mean(weighting.ea(s, entropy_bound), mask=labels != -100)
 """
 
 import torch

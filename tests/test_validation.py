@@ -1,6 +1,7 @@
 """Bad input: an error before any work, naming the argument, what it got and what would work."""
 
 import inspect
+import re
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from eakd_kernels import (
     EAKDLoss,
     available_backends,
     distill_stats,
+    divergences,
     ea_dkd_loss,
     ea_kd_loss,
     ea_weights,
@@ -120,6 +122,15 @@ BAD = [
     ({"divergence": 0.5}, TypeError, r"divergence.*JSD\(0.5\)"),
     ({"temprature": 2.0}, TypeError, "temprature.*did you mean 'temperature'"),
     ({"xyz": 2.0}, TypeError, "xyz.*it takes"),
+    ({"softcap": 30.0}, TypeError, "softcap.*'student_softcap' and 'teacher_softcap'"),
+    ({"tau": 2.0}, TypeError, "tau.*did you mean 'temperature'"),
+    ({"attention_mask": None}, TypeError, "attention_mask.*did you mean 'mask'"),
+    ({"divergence": divergences.JSD}, TypeError, r"an instance, got the class: JSD\("),
+    ({"divergence": "jsd"}, ValueError, "SkewForwardKL.*got 'jsd'"),
+    ({"weighting": "focal"}, ValueError, "eakd_kernels.weighting.focal"),
+    ({"temperature": torch.ones(1)}, ValueError, "squeeze"),
+    ({"mask": torch.ones(ROWS)}, TypeError, r"\.bool\(\)"),
+    ({"kd_weight": torch.ones(3, 4)}, TypeError, r"kd_weight.*a tensor of shape \(3, 4\)"),
 ]
 
 
@@ -172,12 +183,22 @@ def test_dkd_checks_what_is_its_own(given, error, words):
             EADKDLoss(**given)
 
 
-def test_labels_out_of_range_matter_only_where_they_are_used():
-    far = LABELS + 1000
-    assert ea_kd_loss(Z, Y, far).isfinite()
-    with pytest.raises(ValueError, match="labels"):
-        distill_stats(Z, Y, far)
+def test_labels_are_checked_in_every_row_kept():
+    """A padding of -1 is no label, whether or not cross-entropy is computed."""
+    labels = LABELS.clone()
+    labels[-1, -1] = -1
+    last = tuple(size - 1 for size in ROWS)
+    with pytest.raises(ValueError, match=re.escape(f"ignore_index=-100 in every row kept, got -1 in row {last}")):
+        ea_kd_loss(Z, Y, labels)
+    assert ea_kd_loss(Z, Y, labels, ignore_index=-1).isfinite()
     assert ea_kd_loss(Z, Y, torch.full(ROWS, -100), ce_weight=1.0) == 0
+
+
+def test_a_bad_temperature_is_shown():
+    temperature = torch.ones(ROWS)
+    temperature[-1, 0] = -2.0
+    with pytest.raises(ValueError, match=re.escape(f"got -2.0 in row ({ROWS[0] - 1}, 0)")):
+        ea_kd_loss(Z, Y, temperature=temperature)
 
 
 def test_bad_input_does_no_work(monkeypatch):

@@ -281,3 +281,25 @@ def test_compile_of_every_weighting(backend):
     got, want = torch.compile(step, fullgraph=True, backend="aot_eager")(student, teacher), step(student, teacher)
     torch.testing.assert_close(got, want)
     torch.testing.assert_close(*(torch.autograd.grad(loss, student)[0] for loss in (got, want)))
+
+
+def test_a_callable_gets_what_it_asks_for():
+    """H_ub where it has a parameter for it, and cross-entropy wherever there are labels."""
+    z, y, labels = torch.randn(6, 10), torch.randn(6, 10), torch.randint(0, 9, (6,))
+    bound = math.log(9)
+    plain = ea_kd_loss(z, y, vocab_size=9)
+    assert torch.equal(ea_kd_loss(z, y, vocab_size=9, weighting=weighting.ea), plain)
+    sharp = partial(weighting.focal, gamma=1.0)
+    expected = ea_kd_loss(z, y, vocab_size=9, weighting=lambda s: weighting.focal(s, bound, gamma=1.0))
+    assert torch.equal(ea_kd_loss(z, y, vocab_size=9, weighting=sharp), expected)
+    given = partial(weighting.confidence, entropy_bound=2.0)
+    expected = ea_kd_loss(z, y, weighting=lambda s: weighting.confidence(s, 2.0))
+    assert torch.equal(ea_kd_loss(z, y, weighting=given), expected)
+
+    class Learned(torch.nn.Module):
+        def forward(self, stats, entropy_bound):
+            return stats.student_entropy / entropy_bound
+
+    loss = ea_kd_loss(z, y, vocab_size=9, weighting=Learned())
+    assert torch.allclose(loss, ea_kd_loss(z, y, vocab_size=9, weighting="student", weight_norm="bound"))
+    assert ea_kd_loss(z, y, labels, weighting=lambda s: s.cross_entropy).isfinite()
