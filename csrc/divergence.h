@@ -41,18 +41,19 @@ EAKD_HD V times(V mass, V x) {
   return mass == 0 ? V{} : mass * x;  // NaN stays
 }
 
-// m = w p + (1 - w) q, 0 < w < 1, in log space, from the smaller of p/q and q/p: log p - log m, log q - log m, and q/m.
+// m = of_p p + of_q q, weights > 0 of sum 1, in log space, from the smaller of p/q and q/p: log p - log m, log q - log
+// m, and q/m.
 template <typename V>
 struct Mixture {
   V p_over_m, q_over_m, q_share;
 
   template <typename Math>
-  static EAKD_HD Mixture of(const Column<V>& c, V w) {
+  static EAKD_HD Mixture of(const Column<V>& c, V of_p, V of_q) {
     typedef typename Math::Scalar T;
     const auto larger_p = c.delta > T(0);
     const V magnitude = Math::abs(c.delta);
     const V ratio = Math::exp2_below_128(magnitude * T(-kLog2E)), one = V{} + 1;
-    const V x = (larger_p ? w : one - w) + (larger_p ? one - w : w) * ratio;  // m over the larger
+    const V x = (larger_p ? of_p : of_q) + (larger_p ? of_q : of_p) * ratio;  // m over the larger
     const V log_x = Math::ln(x), q_share = (larger_p ? ratio : one) / x;
     return {larger_p ? -log_x : c.delta - log_x, larger_p ? -c.delta - log_x : -log_x, q_share};
   }
@@ -120,21 +121,22 @@ EAKD_HD Terms<V> alpha_beta(const Column<V>& c, T a, T b) {
   return {(power_difference<Math>(c, a + b, V{}) + h) / b, h};
 }
 
-// first, second: the divergence's parameters. Without mass on either side, where delta is NaN, both terms are 0.
+// first, second: the divergence's parameters, or the weights of a mixture. Without mass on either side, where delta is
+// NaN, both terms are 0.
 template <int KIND, typename Math, typename V, typename T>
 EAKD_HD Terms<V> terms(const Column<V>& c, T first, T second) {
   if constexpr (KIND == kKL) {
     const V forward = first == 0 ? V{} : times(c.p, c.delta), reverse = second == 0 ? V{} : times(c.q, -c.delta);
     return {first * forward + second * reverse, second * (c.q + reverse) - first * c.p};
   } else if constexpr (KIND == kJSD) {
-    const auto m = Mixture<V>::template of<Math>(c, V{} + first);
-    const V h = (1 - first) * times(c.q, m.q_over_m);
+    const auto m = Mixture<V>::template of<Math>(c, V{} + first, V{} + second);
+    const V h = second * times(c.q, m.q_over_m);
     return {first * times(c.p, m.p_over_m) + h, h};
   } else if constexpr (KIND == kSkewForwardKL) {
-    const auto m = Mixture<V>::template of<Math>(c, V{} + first);
-    return {times(c.p, m.p_over_m), (first - 1) * times(c.p, m.q_share)};
+    const auto m = Mixture<V>::template of<Math>(c, V{} + first, V{} + second);
+    return {times(c.p, m.p_over_m), -second * times(c.p, m.q_share)};
   } else if constexpr (KIND == kSkewReverseKL) {
-    const auto m = Mixture<V>::template of<Math>(c, V{} + (1 - first));
+    const auto m = Mixture<V>::template of<Math>(c, V{} + second, V{} + first);
     const V f = times(c.q, m.q_over_m);
     return {f, f + c.q - first * times(c.q, m.q_share)};
   } else if constexpr (KIND == kTotalVariation) {

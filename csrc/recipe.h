@@ -30,7 +30,7 @@ enum RecipeField : int {
   kRecipeStudentEntropySum,
   kRecipeStudentHardSum,
   kStudentCount,  // of columns that are not -inf, their mean and deviation: where logits are standardised
-  kStudentMean,
+  kStudentMean,   // less the maximum
   kStudentDeviation,
   kTeacherDeviation,
   kEntropyPull,

@@ -76,6 +76,7 @@ EAKD_HD TauResult<T> finish_columns(const Recipe& recipe, const TauSums<T>& s, b
 template <typename T>
 EAKD_HD LabelOdds<T> label_odds(T b, T d, T B0, T D0) {
   LabelOdds<T> r;
+  if (b == T(INFINITY) || d == T(INFINITY)) return {T(NAN), T(NAN), T(NAN), T(NAN)};
   r.odds_p = b == T(-INFINITY) ? b : T(kLn2) * b - ln(B0);
   r.odds_q = d == T(-INFINITY) ? d : T(kLn2) * d - ln(D0);
   // The difference of whichever is small, so that nothing cancels at p_k -> 1.

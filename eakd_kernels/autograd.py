@@ -40,7 +40,7 @@ class _NoSecondBackward(Function):
         )
 
 
-def _once(gradient: Tensor, anchor: Tensor) -> Tensor:
+def once(gradient: Tensor, anchor: Tensor) -> Tensor:
     """`gradient`, tied to the graph by `anchor` where a graph of the backward is being made."""
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         return _NoSecondBackward.apply(gradient, anchor)
@@ -77,7 +77,7 @@ class _ReferenceStudent(Function):
         (student_logits,) = ctx.saved_tensors
         if ctx.inplace:
             gradient = student_logits.detach().copy_(gradient)
-        return _once(gradient, student_logits), None
+        return once(gradient, student_logits), None
 
 
 def row_statistics(rows: Rows, inplace_gradient: bool, backend: str) -> tuple[Tensor, ...]:
@@ -163,7 +163,7 @@ def _temperature_gradient(rows: Rows, statistics: Tensor, g_divergence: Tensor |
         total = torch.where(rows.keep, total, 0.0)
     if rows.temperatures.dim() == 0:
         total = total.sum()
-    return _once(total.to(rows.temperatures.dtype), rows.temperatures)
+    return once(total.to(rows.temperatures.dtype), rows.temperatures)
 
 
 class OnePass(Function):
@@ -193,11 +193,11 @@ class OnePass(Function):
         gradient, loss = ctx.saved_tensors
         grads = [None] * ctx.num_inputs
         if g_loss is not None:
-            grads[0] = _once(_scaled(gradient, g_loss, ctx.backend), loss)
+            grads[0] = once(scaled(gradient, g_loss, ctx.backend), loss)
         return tuple(grads)
 
 
-def _scaled(gradient: Tensor, factor: Tensor, backend: str) -> Tensor:
+def scaled(gradient: Tensor, factor: Tensor, backend: str) -> Tensor:
     """gradient * factor with one rounding; over the gradient itself where nobody needs it afterwards."""
     if torch.compiler.is_compiling() or torch.is_grad_enabled() or _is_retained():
         return ops.scale_gradient(gradient.detach(), factor, backend)

@@ -119,8 +119,16 @@ class ReverseKL(Divergence):
         return _kl(log_q, log_p)
 
 
+class Mixture(Divergence):
+    """Of the sides and a mixture m of them; the kernels get both weights, neither less than it is in double."""
+
+    def parameters(self):
+        (weight,) = map(float, astuple(self))
+        return weight, 1 - weight
+
+
 @dataclass(frozen=True)
-class JSD(Divergence):
+class JSD(Mixture):
     """beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q, 0 < beta < 1 (Lin 1991).
 
     It tends to 0 with beta or 1 - beta. GKD's convention, which jumps to the KLs there, is `generalized_jsd`.
@@ -139,7 +147,7 @@ class JSD(Divergence):
 
 
 @dataclass(frozen=True)
-class SkewForwardKL(Divergence):
+class SkewForwardKL(Mixture):
     """KL(p || alpha p + (1 - alpha) q), 0 <= alpha < 1 (DistiLLM, Ko et al. 2024; alpha = 0.1 there)."""
 
     alpha: float = 0.1
@@ -156,7 +164,7 @@ class SkewForwardKL(Divergence):
 
 
 @dataclass(frozen=True)
-class SkewReverseKL(Divergence):
+class SkewReverseKL(Mixture):
     """KL(q || alpha q + (1 - alpha) p), 0 <= alpha < 1 (DistiLLM, Ko et al. 2024; alpha = 0.1 there)."""
 
     alpha: float = 0.1

@@ -6,12 +6,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import row_losses
 from . import weighting as weights
 from .autograd import OnePass, row_statistics
 from .divergences import DECOUPLED, Divergence
 from .ops import WEIGHTINGS, LossRule
 from .options import check_number, explicit, options_class, takes_options
-from .row_losses import finish, is_live, is_scaled, reduce, row_stats, scale_of
 from .stats import RowStats
 from .validation import Problem, validate
 
@@ -110,22 +110,18 @@ def ea_kd_loss(
     unless the row's weight is 0. NaN or +inf in a row kept makes the loss NaN; in a row left out it changes nothing.
     """
     keywords = {name: value for name, value in locals().items() if not name.endswith(("_logits", "labels"))}
-    return _loss(student_logits, teacher_logits, labels, Options(**keywords))
+    return loss_of_logits(student_logits, teacher_logits, labels, Options(**keywords))
 
 
-def _loss(student_logits, teacher_logits, labels, options, decoupled=None) -> Tensor | tuple[Tensor, RowStats]:
-    # Statistics are asked for, or handed to a callable, with everything in them; otherwise cross-entropy is computed
-    # where it is used.
-    wants_everything = options.return_stats or not (
-        isinstance(options.weighting, str) or torch.is_tensor(options.weighting)
-    )
-    wants_cross_entropy = labels is not None and (options.ce_weight != 0 or wants_everything)
+def loss_of_logits(student_logits, teacher_logits, labels, options, decoupled=None) -> Tensor | tuple[Tensor, RowStats]:
+    """What `ea_kd_loss` returns, of checked Options."""
+    wants_cross_entropy = labels is not None and row_losses.wants_cross_entropy(options)
     problem = validate(student_logits, teacher_logits, labels, options, wants_cross_entropy, decoupled)
     if _runs_in_one_pass(problem, options):
         loss, stats = _one_pass(problem, options)
     else:
         stats = _statistics(problem, options)
-        loss = reduce(stats.loss, problem, options)
+        loss = row_losses.reduce(stats.loss, problem, options)
         stats = stats.detach()
     return (loss, stats) if options.return_stats else loss
 
@@ -179,7 +175,7 @@ def ea_dkd_loss(
     decoupled, options = check_ea_dkd_options(alpha=alpha, beta=beta, **options)
     if labels is None:
         raise ValueError("ea_dkd_loss needs labels, got None: its divergence treats the label's class apart")
-    return _loss(student_logits, teacher_logits, labels, options, decoupled)
+    return loss_of_logits(student_logits, teacher_logits, labels, options, decoupled)
 
 
 def check_ea_kd_options(**options):
@@ -219,29 +215,24 @@ def ea_weights(student_logits: Tensor, teacher_logits: Tensor, **options) -> Ten
 
 def _runs_in_one_pass(problem: Problem, options) -> bool:
     """The gradient can be finished in forward if its scale is known there: docs/design.md, "When one pass runs"."""
-    student, temperatures = problem.rows.student_logits, problem.rows.temperatures
+    student = problem.rows.student_logits
     return (
-        torch.is_grad_enabled()
-        and student.requires_grad
+        student.requires_grad
         and problem.backend != "reference"
         and student.dtype != torch.float16  # a loss scale applied to a rounded gradient comes too late
-        and options.reduction != "none"
-        and options.weight_norm != "mean"
-        and (torch.is_tensor(options.weighting) or isinstance(options.weighting, str))
-        and not is_live(options)
-        and not (temperatures is not None and temperatures.requires_grad)
+        and row_losses.is_scale_known(problem, options)
     )
 
 
 def _one_pass(problem: Problem, options) -> tuple[Tensor, RowStats]:
     given = torch.is_tensor(options.weighting)
-    scale, denominator = scale_of(problem, options)
+    scale, denominator = row_losses.scale_of(problem, options)
     rule = LossRule(
         options.weighting.detach() if given else None,
         WEIGHTINGS["tensor" if given else options.weighting],
         problem.entropy_bound,
         weights.bound_scale(options.weight_norm, problem.entropy_bound),
-        is_scaled(options),
+        row_losses.is_scaled(options),
         float(options.kd_weight),
         float(options.ce_weight),
         scale,
@@ -249,8 +240,8 @@ def _one_pass(problem: Problem, options) -> tuple[Tensor, RowStats]:
     )
     loss, fields = OnePass.apply(*problem.rows, *rule, options.inplace_gradient, problem.backend)
     *public, weight, row_loss = fields.unbind(0)
-    return loss, row_stats(problem, row_loss, weight, public)
+    return loss, row_losses.row_stats(problem, row_loss, weight, public)
 
 
 def _statistics(problem: Problem, options) -> RowStats:
-    return finish(row_statistics(problem.rows, options.inplace_gradient, problem.backend), problem, options)
+    return row_losses.finish(row_statistics(problem.rows, options.inplace_gradient, problem.backend), problem, options)

@@ -40,7 +40,7 @@ def check_keywords(given, known, what: str) -> None:
     for name in given:
         if name not in known:
             # One of both sides' options, or else the nearest name.
-            near = [option for option in known if option.endswith(f"_{name}")] if "_" in name or len(name) > 6 else []
+            near = [option for option in sorted(known) if option.endswith(f"_{name}")] if "_" in name or len(name) > 6 else []
             near = near or [_ALIASES.get(name)] * (_ALIASES.get(name) in known)
             near = near or difflib.get_close_matches(name, known, 1)
             hint = f"; it takes {', '.join(sorted(known))}"

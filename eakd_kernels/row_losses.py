@@ -20,6 +20,28 @@ def is_live(options) -> bool:
     return options.weighting not in ("none", "teacher")
 
 
+def wants_cross_entropy(options) -> bool:
+    """Whether somebody looks at it: the loss, the caller, or a weighting that is handed all statistics."""
+    return options.ce_weight != 0 or options.return_stats or _is_callable(options.weighting)
+
+
+def is_scale_known(problem: Problem, options) -> bool:
+    """Whether a row's gradient can be finished without the other rows, and without what comes after the loss."""
+    temperatures = problem.rows.temperatures
+    return (
+        torch.is_grad_enabled()
+        and options.reduction != "none"
+        and options.weight_norm != "mean"
+        and not _is_callable(options.weighting)
+        and not is_live(options)
+        and not (temperatures is not None and temperatures.requires_grad)
+    )
+
+
+def _is_callable(weighting) -> bool:
+    return not (isinstance(weighting, str) or torch.is_tensor(weighting))
+
+
 def is_scaled(options) -> bool:
     """Whether a factor tau^2 comes on top of the divergence; a sum over temperatures has its own inside."""
     return options.scale_by_temperature_squared and options.temperatures is None

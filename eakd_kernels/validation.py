@@ -100,9 +100,14 @@ def _class_bias(weights, vocab_size, student, teacher) -> Tensor | None:
     if weights.requires_grad:
         raise ValueError("teacher_class_weights requires grad, and gets no gradient here: pass its .detach()")
     _check_device("teacher_class_weights", weights, student)
-    on_cpu = weights.device.type == "cpu" and not torch.compiler.is_compiling()
-    if on_cpu and not bool(((weights > 0) & weights.isfinite()).all()):
-        raise ValueError("teacher_class_weights must be finite and > 0; a class without weight is one of -inf logits")
+    if weights.device.type == "cpu" and not torch.compiler.is_compiling():
+        smallest, largest = weights.aminmax()
+        # Exponents are about the largest logit without its weight, and the sums of a row must not vanish with it.
+        if not (largest < torch.inf and smallest > 1e-30 * largest):
+            raise ValueError(
+                "teacher_class_weights must be finite, > 0 and within a factor of 1e30 of each other, got "
+                f"{smallest.item():g} to {largest.item():g}; for a class that does not count, set its logits to -inf"
+            )
     bias = _ordinary(weights).to(statistics_dtype(student, teacher)).log()
     return bias - bias.amax()
 

@@ -302,7 +302,7 @@ def test_generalized_jsd_has_the_kls_at_its_ends():
     [
         (lambda: d.JSD(0), r"JSD: beta must be a number > 0 and < 1, got 0; ForwardKL\(\) and ReverseKL\(\)"),
         (lambda: d.JSD(1.0), "generalized_jsd"),
-        (lambda: d.generalized_jsd(1.5), "JSD: beta must be a number > 0 and < 1"),
+        (lambda: d.generalized_jsd(1.5), "generalized_jsd: beta must be a number >= 0 and <= 1, got 1.5"),
         (lambda: d.SkewForwardKL(-0.1), "SkewForwardKL: alpha must be a number >= 0 and < 1, got -0.1"),
         (lambda: d.SkewReverseKL(True), "SkewReverseKL: alpha"),
         (lambda: d.Jeffreys(math.nan), "Jeffreys: reverse_weight"),

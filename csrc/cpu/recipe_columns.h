@@ -78,10 +78,17 @@ class RecipeColumns {
   }
 
   void set_centres(int64_t begin, double teacher, double student) {
-    centres_[kTeacher][begin / kernels.block] = T(about(teacher));
-    centres_[kStudent][begin / kernels.block] = T(about(student));
+    centres_[kTeacher][begin / kernels.block] = T(teacher);
+    centres_[kStudent][begin / kernels.block] = T(student);
   }
-  T centre(Side side, int64_t begin) const { return centres_[side][begin / kernels.block]; }
+  // Blocks of -inf at the row's beginning: 0 would be as far away as logits are from 0.
+  void fill_empty_centres(double teacher, double student) {
+    for (int64_t begin = 0; begin < count; begin += kernels.block)
+      for (const Side side : {kTeacher, kStudent})
+        if (T& c = centres_[side][begin / kernels.block]; c == -T(INFINITY))
+          c = T(side == kTeacher ? teacher : student);
+  }
+  T centre(Side side, int64_t begin) const { return about(centres_[side][begin / kernels.block]); }
 
   void set_scales(double teacher_deviation, double student_deviation) {
     inverse_[kTeacher] = inverse_deviation(recipe, teacher_deviation);
@@ -148,8 +155,9 @@ class RecipeColumns {
             centre(kStudent, begin),
             T(scales[kTeacher].tau[k]),
             T(scales[kStudent].tau[k]),
-            T(inverse_[kTeacher] / taus[k]),
-            T((inverse_[kTeacher] - inverse_[kStudent]) / taus[k]),
+            T(std::min(inverse_[kTeacher], inverse_[kStudent]) / taus[k]),
+            T(std::max(inverse_[kTeacher] - inverse_[kStudent], 0.0) / taus[k]),
+            T(std::max(inverse_[kStudent] - inverse_[kTeacher], 0.0) / taus[k]),
             raised ? 1 : bases.power[k]};
   }
 

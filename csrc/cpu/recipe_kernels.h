@@ -22,10 +22,11 @@ struct RecipeBlock {
   int64_t n;         // whole vectors
   T my, mz;          // centres
   T k_y, k_z;        // log2(e)/tau of the sides
-  T nat, nat_gap;    // the teacher's 1/tau, and how much larger it is than the student's: 0, or logits are standardised
+  T nat;             // the smaller 1/tau of the sides', and
+  T gap_y, gap_z;    // what the other's has more: 0, or logits are standardised
   int power;         // 1 for all but kl_sums and a gradient without formula
 
-  bool is_plain() const { return bias == nullptr && nat_gap == 0; }
+  bool is_plain() const { return bias == nullptr && gap_y == 0 && gap_z == 0; }
 };
 
 // The normalisers of a row at one temperature.

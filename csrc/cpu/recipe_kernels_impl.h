@@ -117,7 +117,7 @@ template <bool PLAIN, typename T>
 EAKD_HD Vec<T> difference_at(const RecipeBlock<T>& block, int64_t i) {
   const Vec<T> y = load(block.y + i) - block.my, z = load(block.z + i) - block.mz;
   if constexpr (PLAIN) return (y - z) * block.nat;
-  const Vec<T> step = (y - z) * block.nat + raise_to(z, T(-1e30)) * block.nat_gap;
+  const Vec<T> step = (y - z) * block.nat + (raise_to(y, T(-1e30)) * block.gap_y - raise_to(z, T(-1e30)) * block.gap_z);
   return block.bias == nullptr ? step : step + T(kLn2) * load(block.bias + i);
 }
 
@@ -313,7 +313,7 @@ void finish_gradient(T* g, const T* z, int64_t n, const OwnGradient<T>& own) {
     const auto masked = x == -T(INFINITY);
     Vec<T> value = load(g + i);
     if (c.inverse != 1 || c.linear != 0)
-      value = masked ? Vec<T>{} : c.inverse * (value - c.constant) - c.linear * (x - c.mean);
+      value = masked ? Vec<T>{} : c.inverse * (value - c.constant) - c.linear * (step - c.mean);
     if (c.entropy != 0) {
       const Vec<T> e = raise_to(step * own.k_t, kExp2Floor<T>);
       value += c.entropy * exp2_from_floor(e) * (T(kLn2) * e + c.entropy_shift);

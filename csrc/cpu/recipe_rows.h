@@ -21,14 +21,17 @@ class RecipeRow {
 
   RecipeNumbers<double> statistics() {
     const bool values = recipe_.wants_values(job_.pulls());
-    if (recipe_.standardize != kNoStandardize) load();
+    // Pulls are moments about one centre, and standardised logits need their deviation.
+    if (job_.pulls()) load();
     sum_up(values);
     if (values) add_values();
     const LabelColumn<double> label = row_.label();
     const bool has_label = job_.rows.labels != nullptr;
     if (recipe_.decoupled()) add_label_to_sides();
-    return recipe_numbers(recipe_, row_.taus, job_.t, row_.scales[kTeacher], row_.scales[kStudent], sums_,
-                          has_label ? &label : nullptr, values);
+    RecipeNumbers<double> numbers = recipe_numbers(recipe_, row_.taus, job_.t, row_.scales[kTeacher],
+                                                   row_.scales[kStudent], sums_, has_label ? &label : nullptr, values);
+    numbers.common[kStudentMean] -= about(sums_.Mz);
+    return numbers;
   }
 
   // The gradient of a row from its numbers, wherever they come from.
@@ -83,6 +86,7 @@ class RecipeRow {
       }
     });
     if (job_.rows.labels != nullptr && !own_hard) sums_.F0 = sums_.E0;
+    row_.fill_empty_centres(sums_.rest_My, sums_.rest_Mz);
     row_.set_filled(), loaded_ = true;
   }
 

@@ -257,11 +257,6 @@ def columns_of(recipe: ops.Recipe) -> tuple[int, float, float]:
     """Kind and parameters of the divergence that is summed over columns: for a decoupled one, the rest's."""
     if recipe.divergence == divergences.DECOUPLED:
         return divergences.ForwardKL().kernel()
-    if recipe.divergence in MIXTURES:
-        if recipe.first == 0:  # p without q, or q without p
-            forward = recipe.divergence == divergences.SkewForwardKL.code
-            return (divergences.ForwardKL() if forward else divergences.ReverseKL()).kernel()
-        return recipe.divergence, recipe.first, 1.0 - recipe.first
     return recipe[:3]
 
 

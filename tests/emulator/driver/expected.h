@@ -100,8 +100,8 @@ inline double divergence_of(const eakd::Recipe& recipe, Numbers log_p, Numbers l
   if (recipe.divergence == eakd::kJSD) {
     Numbers log_m;
     for (std::size_t i = 0; i < log_p.size(); ++i)
-      log_m.push_back(std::log(recipe.first * std::exp(log_p[i]) + (1 - recipe.first) * std::exp(log_q[i])));
-    return recipe.first * divergence(log_p, log_m) + (1 - recipe.first) * divergence(log_q, log_m);
+      log_m.push_back(std::log(recipe.first * std::exp(log_p[i]) + recipe.second * std::exp(log_q[i])));
+    return recipe.first * divergence(log_p, log_m) + recipe.second * divergence(log_q, log_m);
   }
   const double p = std::exp(log_p[label]), q = std::exp(log_q[label]);
   log_p[label] = log_q[label] = -INFINITY;

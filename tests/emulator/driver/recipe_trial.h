@@ -28,7 +28,7 @@ struct NamedRecipe {
 };
 
 const NamedRecipe kRecipes[] = {
-    NamedRecipe::of("JSD at two temperatures", kJSD, 0.3, 0, kNoStandardize, {2, 1}, false),
+    NamedRecipe::of("JSD at two temperatures", kJSD, 0.3, 0.7, kNoStandardize, {2, 1}, false),
     NamedRecipe::of("DKD of weighted classes", kDecoupled, 1.5, 2, kNoStandardize, {2}, true),
     NamedRecipe::of("reverse KL, standardised", kKL, 0, 1, kStandardizeAll, {1}, false),
 };
