@@ -39,14 +39,16 @@ _ALIASES = {
 def check_keywords(given, known, what: str) -> None:
     for name in given:
         if name not in known:
-            # One of both sides' options, or else the nearest name.
-            near = [option for option in sorted(known) if option.endswith(f"_{name}")] if "_" in name or len(name) > 6 else []
-            near = near or [_ALIASES.get(name)] * (_ALIASES.get(name) in known)
-            near = near or difflib.get_close_matches(name, known, 1)
-            hint = f"; it takes {', '.join(sorted(known))}"
-            if near:
-                hint = f"; did you mean {' and '.join(map(repr, near))}?"
-            raise TypeError(f"{what} got an unknown keyword {name!r}{hint}")
+            near = _near(name, known)
+            hint = f"did you mean {' and '.join(map(repr, near))}?" if near else f"it takes {', '.join(sorted(known))}"
+            raise TypeError(f"{what} got an unknown keyword {name!r}; {hint}")
+
+
+def _near(name: str, known) -> list[str]:
+    """Both sides' options, what others mean by it, or the nearest name."""
+    sides = [option for option in sorted(known) if option in (f"student_{name}", f"teacher_{name}")]
+    alias = _ALIASES.get(name)
+    return sides or [alias] * (alias in known) or difflib.get_close_matches(name, known, 1)
 
 
 def _shown(parameters) -> list[str]:
