@@ -3,6 +3,7 @@
 from . import divergences, weighting
 from .dispatch import available_backends
 from .functional import distill_stats, ea_dkd_loss, ea_kd_loss, ea_weights
+from .linear import fused_linear_ea_kd_loss
 from .modules import EADKDLoss, EAKDLoss
 from .stats import RowStats
 
@@ -18,5 +19,6 @@ __all__ = [
     "ea_dkd_loss",
     "ea_kd_loss",
     "ea_weights",
+    "fused_linear_ea_kd_loss",
     "weighting",
 ]

@@ -244,4 +244,5 @@ def _one_pass(problem: Problem, options) -> tuple[Tensor, RowStats]:
 
 
 def _statistics(problem: Problem, options) -> RowStats:
-    return row_losses.finish(row_statistics(problem.rows, options.inplace_gradient, problem.backend), problem, options)
+    fields = row_statistics(problem.rows, options.inplace_gradient, problem.backend)
+    return row_losses.finish(fields, problem, options)

@@ -157,3 +157,7 @@ def _cross_entropy(student: Tensor, labels: Tensor | None) -> Tensor:
     valid = (labels >= 0) & (labels < student.shape[-1])
     picked = _log_softmax(student).gather(-1, torch.where(valid, labels, 0)[..., None])[..., 0]
     return torch.where(valid, -picked, torch.nan)
+
+
+def scale_gradient(gradient: Tensor, factor: Tensor, out: Tensor) -> None:
+    out.copy_(gradient.to(torch.promote_types(gradient.dtype, factor.dtype)) * factor)

@@ -1,0 +1,192 @@
+"""Logits of a few rows from hidden states, and the gradient's way back: torch's matrix products, by chunks of rows.
+
+Logits come in fp32 (fp64 from fp64), and are never rounded to the dtype of hidden states before the softmax: where a
+product of 16-bit matrices cannot give fp32, a CPU converts blocks of the weight.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# Columns of a 16-bit weight that a CPU converts at a time.
+_BLOCK = 4096
+# What chunks may take: on a CPU small enough to stay beside the weights, on a GPU large enough for its matrix units.
+_CPU_BYTES, _GPU_BYTES = 64 << 20, 2 << 30
+
+
+class Head(NamedTuple):
+    """Logits are hidden @ weight.T + bias."""
+
+    hidden: Tensor  # [N, H]
+    weight: Tensor  # [V, H]
+    bias: Tensor | None  # [V]
+
+    def flat(self) -> "Head":
+        return self._replace(hidden=self.hidden.reshape(-1, self.hidden.shape[-1]))
+
+    def logits(self, rows: Tensor | slice, out: Tensor) -> Tensor:
+        """Those of some rows, into the first of `out` [chunk, V], fp32 or fp64."""
+        hidden = self.hidden[rows]
+        out = out[: len(hidden)]
+        if hidden.is_cuda and out.dtype != hidden.dtype == self.weight.dtype:
+            torch.mm(hidden, self.weight.t(), out_dtype=out.dtype, out=out)
+        else:
+            for block in _blocks(self.weight, out.dtype):
+                torch.mm(hidden.to(out.dtype), self.weight[block].to(out.dtype).t(), out=out[:, block])
+        return out if self.bias is None else out.add_(self.bias)
+
+
+class HeadGradient:
+    """Gradients of a head's tensors, summed over chunks of rows; None for those that need none.
+
+    The weight's is summed in fp32, whatever its dtype, unless accumulate_in_fp32 is False.
+    """
+
+    def __init__(self, head: Head, needed: tuple[bool, bool, bool], all_rows: bool, accumulate_in_fp32: bool):
+        hidden, weight, bias = head
+        self.head = head
+        self.accumulator = _sum_dtype(weight) if accumulate_in_fp32 else weight.dtype
+        # Rows that no chunk has get 0.
+        self.hidden = (torch.empty_like if all_rows else torch.zeros_like)(hidden) if needed[0] else None
+        self.weight = torch.zeros_like(weight, dtype=self.accumulator) if needed[1] else None
+        self.bias = torch.zeros_like(bias, dtype=_sum_dtype(bias)) if bias is not None and needed[2] else None
+
+    def add(self, rows: Tensor | slice, gradient: Tensor) -> None:
+        """gradient: [chunk, V] of the logits of these rows; fp32 or fp64."""
+        hidden, weight, _ = self.head
+        on_units = hidden.is_cuda and gradient.dtype != hidden.dtype == weight.dtype
+        if self.bias is not None:
+            self.bias += gradient.sum(0)
+        if on_units:
+            gradient = gradient.to(hidden.dtype)
+        if self.hidden is not None:
+            self.hidden[rows] = self._of_hidden(gradient)
+        if self.weight is not None:
+            self._add_to_weight(gradient, hidden[rows])
+
+    def _of_hidden(self, gradient: Tensor) -> Tensor:
+        weight = self.head.weight
+        if gradient.dtype == weight.dtype:
+            return gradient @ weight
+        total = gradient.new_zeros(len(gradient), weight.shape[1])
+        for block in _blocks(weight, gradient.dtype):
+            total.addmm_(gradient[:, block], weight[block].to(gradient.dtype))
+        return total.to(self.head.hidden.dtype)
+
+    def _add_to_weight(self, gradient: Tensor, hidden: Tensor) -> None:
+        if gradient.dtype == self.accumulator:
+            self.weight.addmm_(gradient.t(), hidden.to(gradient.dtype))
+        elif gradient.dtype == hidden.dtype:  # a GPU's 16-bit product into an fp32 sum
+            torch.addmm(self.weight, gradient.t(), hidden, out_dtype=self.accumulator, out=self.weight)
+        else:
+            hidden = hidden.to(gradient.dtype)
+            for block in _blocks(self.weight, gradient.dtype):
+                self.weight[block] += gradient[:, block].t() @ hidden
+
+    def finished(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """(hidden, weight, bias), in the dtypes of the head's tensors."""
+        given = (self.hidden, self.weight, self.bias)
+        return tuple(None if g is None else g.to(x.dtype) for g, x in zip(given, self.head, strict=True))
+
+
+class Teacher(NamedTuple):
+    """A head without gradient, or logits."""
+
+    head: Head  # of None where logits are given
+    given: Tensor | None  # [N, V]
+
+    def logits(self, rows: Tensor | slice, out: Tensor | None) -> Tensor:
+        return self.head.logits(rows, out) if self.given is None else self.given[rows]
+
+    def flat(self) -> "Teacher":
+        if self.given is None:
+            return Teacher(self.head.flat(), None)
+        return Teacher(self.head, self.given.reshape(-1, self.given.shape[-1]))
+
+    def logits_dtype(self, student: Head) -> torch.dtype:
+        double = any(x is not None and x.dtype == torch.float64 for x in (*student, *self.head, self.given))
+        return torch.float64 if double else torch.float32
+
+    def shape_of_logits(self, dtype: torch.dtype) -> Tensor:
+        """Of their shape, and without memory."""
+        if self.given is not None:
+            return self.given
+        return self.head.hidden.new_empty((), dtype=dtype).expand(*self.head.hidden.shape[:-1], len(self.head.weight))
+
+
+def chunk_size(columns: int, dtype: torch.dtype, device: torch.device) -> int:
+    """How many rows' logits to hold at a time; columns: of all sides that are made."""
+    row_bytes = columns * dtype.itemsize
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        budget, multiple = min(_GPU_BYTES, free // 4), 128
+        row_bytes += columns * 2  # the gradient in 16 bits, for the matrix units
+    else:
+        budget, multiple = _CPU_BYTES, 16
+    return max(multiple, budget // row_bytes // multiple * multiple)
+
+
+def check_heads(student: Head, teacher: Teacher, chunk_rows: int | None, **flags: bool) -> None:
+    _check_head("student", student)
+    forms = [
+        name
+        for name, x in (("teacher_hidden", teacher.head.hidden), ("teacher_logits", teacher.given))
+        if x is not None
+    ]
+    if len(forms) != 1:
+        raise ValueError(
+            f"the teacher must come in one form, got {' and '.join(forms) or 'none'}: pass teacher_hidden with "
+            "teacher_weight, or teacher_logits"
+        )
+    if teacher.given is None:
+        _check_head("teacher", teacher.head)
+    elif teacher.head.weight is not None or teacher.head.bias is not None:
+        raise ValueError("teacher_weight and teacher_bias go with teacher_hidden, got teacher_logits")
+    leading = (teacher.head.hidden if teacher.given is None else teacher.given).shape[:-1]
+    if leading != student.hidden.shape[:-1]:
+        raise ValueError(
+            f"{forms[0]} must have the leading shape of student_hidden, {tuple(student.hidden.shape[:-1])}, got "
+            f"{tuple(leading)}"
+        )
+    for name, tensor in (("teacher_hidden", teacher.head.hidden), ("teacher_weight", teacher.head.weight)):
+        if tensor is not None and tensor.requires_grad:
+            raise ValueError(f"{name} requires grad, and the teacher gets no gradient here: pass {name}.detach()")
+    for name, flag in flags.items():
+        if not isinstance(flag, bool):
+            raise TypeError(f"{name} must be True or False, got {flag!r}")
+    if chunk_rows is not None and not (isinstance(chunk_rows, int) and chunk_rows >= 1):
+        raise ValueError(f"chunk_rows must be an int >= 1 or None, got {chunk_rows!r}")
+
+
+def _check_head(side: str, head: Head) -> None:
+    for name, tensor, dims in (("hidden", head.hidden, None), ("weight", head.weight, 2), ("bias", head.bias, 1)):
+        if tensor is None and name == "bias":
+            continue
+        if not torch.is_tensor(tensor) or not tensor.is_floating_point():
+            got = tensor.dtype if torch.is_tensor(tensor) else type(tensor).__name__
+            raise TypeError(f"{side}_{name} must be a floating-point tensor, got {got}")
+        if tensor.dim() != dims if dims else tensor.dim() == 0:
+            shape = {None: "[..., H]", 2: "[V, H]", 1: "[V]"}[dims]
+            raise ValueError(f"{side}_{name} must be {shape}, got {tuple(tensor.shape)}")
+        if tensor.device != head.hidden.device:
+            raise ValueError(
+                f"{side}_{name} must be on {side}_hidden's device {head.hidden.device}, got {tensor.device}"
+            )
+    if head.hidden.shape[-1] != head.weight.shape[1]:
+        raise ValueError(
+            f"{side}_weight must be [V, {head.hidden.shape[-1]}] for {side}_hidden {tuple(head.hidden.shape)}, got "
+            f"{tuple(head.weight.shape)}"
+        )
+    if head.bias is not None and len(head.bias) != len(head.weight):
+        raise ValueError(f"{side}_bias must be [{len(head.weight)}], got {tuple(head.bias.shape)}")
+
+
+def _sum_dtype(tensor: Tensor) -> torch.dtype:
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def _blocks(weight: Tensor, dtype: torch.dtype):
+    """Slices of a weight's rows: all at once, where nothing has to be converted."""
+    size = len(weight) if weight.dtype == dtype else _BLOCK
+    return (slice(begin, begin + size) for begin in range(0, len(weight), size))
