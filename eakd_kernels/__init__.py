@@ -4,7 +4,7 @@ from . import divergences, weighting
 from .dispatch import available_backends
 from .functional import distill_stats, ea_dkd_loss, ea_kd_loss, ea_weights
 from .linear import fused_linear_ea_kd_loss
-from .modules import EADKDLoss, EAKDLoss
+from .modules import EADKDLoss, EAKDLoss, FusedLinearEAKDLoss
 from .stats import RowStats
 
 __version__ = "0.1.0"
@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 __all__ = [
     "EADKDLoss",
     "EAKDLoss",
+    "FusedLinearEAKDLoss",
     "RowStats",
     "available_backends",
     "distill_stats",

@@ -47,7 +47,7 @@ def fused_linear_ea_kd_loss(
         labels: [...], as for `ea_kd_loss`.
         teacher_logits: [..., V], in the place of teacher_hidden and teacher_weight.
         student_bias, teacher_bias: [V].
-        chunk_rows: rows whose logits are held at a time, in fp32. None: what 64 MB hold on a CPU, and on a GPU a
+        chunk_rows: rows whose logits are held at a time, in fp32. None: what 48 MB hold on a CPU, and on a GPU a
             quarter of the free memory, at most 2 GB.
         recompute: make the logits again in backward, instead of keeping finished gradients of hidden states and weight
             until then. Always so for fp16, whose loss scale would come too late, and where one pass cannot run.
@@ -65,10 +65,12 @@ def fused_linear_ea_kd_loss(
         TypeError, ValueError: an argument is not as above; the message says what would work.
         RuntimeError: a backend asked for by name cannot run; differentiating twice.
     """
-    options = Options(**options)
+    options = check_fused_linear_options(
+        chunk_rows=chunk_rows, recompute=recompute, accumulate_in_fp32=accumulate_in_fp32, **options
+    )
     student = Head(student_hidden, student_weight, student_bias)
     teacher = Teacher(Head(teacher_hidden, teacher_weight, teacher_bias), teacher_logits)
-    check_heads(student, teacher, chunk_rows, recompute=recompute, accumulate_in_fp32=accumulate_in_fp32)
+    check_heads(student, teacher)
     call = _Call.of(student, teacher, labels, options, chunk_rows, accumulate_in_fp32)
     with torch.autocast(student_hidden.device.type, enabled=False):
         if not recompute and call.runs_in_one_pass():
@@ -82,6 +84,16 @@ def fused_linear_ea_kd_loss(
             loss = row_losses.reduce(stats.loss, call.problem, options)
             stats = stats.detach()
     return (loss, stats) if options.return_stats else loss
+
+
+def check_fused_linear_options(*, chunk_rows=None, recompute=False, accumulate_in_fp32=True, **options):
+    """The Options of these keywords; raises what `fused_linear_ea_kd_loss` raises for them alone."""
+    for name, flag in (("recompute", recompute), ("accumulate_in_fp32", accumulate_in_fp32)):
+        if not isinstance(flag, bool):
+            raise TypeError(f"{name} must be True or False, got {flag!r}")
+    if chunk_rows is not None and not (isinstance(chunk_rows, int) and chunk_rows >= 1):
+        raise ValueError(f"chunk_rows must be an int >= 1 or None, got {chunk_rows!r}")
+    return Options(**options)
 
 
 class _Call(NamedTuple):
@@ -232,22 +244,27 @@ class _Statistics(Function):
     @staticmethod
     def backward(ctx, *upstream):
         temperatures, *head = ctx.saved_tensors
-        call, needed = ctx.call._replace(student=Head(*head)), ctx.needs_input_grad[1:]
-        gradient = HeadGradient(call.student, needed[1:], call.kept is None, call.accumulate_in_fp32)
-        g_temperature = torch.zeros_like(temperatures).reshape(-1) if needed[0] else None
-        for chunk, student, teacher in call.logits():
-            with torch.enable_grad():
-                student = _computed(student)
-                inputs = [student]
-                if needed[0]:
-                    rows = temperatures if temperatures.dim() == 0 else temperatures.reshape(-1)[chunk]
-                    inputs.append(rows.detach().requires_grad_())
-                fields = call.statistics(chunk, student, teacher, inputs[1] if needed[0] else None)
-            used = [(f, g[chunk]) for f, g in zip(fields, upstream, strict=True) if f.requires_grad and g is not None]
-            outputs, grads = zip(*used, strict=True)
-            g_logits, *g_rows = torch.autograd.grad(outputs, inputs, grads, allow_unused=True)
-            gradient.add(chunk, g_logits)
-            for g in g_rows:
-                g_temperature[chunk if g.dim() > 0 else slice(None)] += g
-        found = (g_temperature if g_temperature is None else g_temperature.view_as(temperatures), *gradient.finished())
-        return None, *(None if g is None else once(g, head[0]) for g in found)
+        call = ctx.call._replace(student=Head(*head))
+        with torch.no_grad():  # a graph of the backward goes no further than `once`
+            gradients = _gradients(call, temperatures, upstream, ctx.needs_input_grad[1:])
+        return None, *(None if g is None else once(g, head[0]) for g in gradients)
+
+
+def _gradients(call: _Call, temperatures: Tensor | None, upstream, needed) -> tuple[Tensor | None, ...]:
+    """Of (temperatures, *Head), from upstream gradients [N] of stats.PUBLIC_FIELDS."""
+    gradient = HeadGradient(call.student, needed[1:], call.kept is None, call.accumulate_in_fp32)
+    g_temperatures = torch.zeros_like(temperatures).reshape(-1) if needed[0] else None
+    for chunk, student, teacher in call.logits():
+        with torch.enable_grad():
+            inputs = [_computed(student)]
+            if needed[0]:
+                rows = temperatures if temperatures.dim() == 0 else temperatures.reshape(-1)[chunk]
+                inputs.append(rows.detach().requires_grad_())
+            fields = call.statistics(chunk, inputs[0], teacher, inputs[1] if needed[0] else None)
+        used = [(f, g[chunk]) for f, g in zip(fields, upstream, strict=True) if f.requires_grad and g is not None]
+        outputs, grads = zip(*used, strict=True)
+        g_logits, *g_rows = torch.autograd.grad(outputs, inputs, grads, allow_unused=True)
+        gradient.add(chunk, g_logits)
+        for g in g_rows:
+            g_temperatures[chunk if g.dim() > 0 else slice(None)] += g
+    return (None if g_temperatures is None else g_temperatures.view_as(temperatures), *gradient.finished())

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from .functional import check_ea_dkd_options, check_ea_kd_options, ea_dkd_loss, ea_kd_loss
+from .linear import check_fused_linear_options, fused_linear_ea_kd_loss
 from .options import check_keywords, keyword_names, takes_options
 from .stats import RowStats
 
@@ -78,3 +79,31 @@ class EADKDLoss(_Loss):
         self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, **options
     ) -> Tensor | tuple[Tensor, RowStats]:
         return self._loss(student_logits, teacher_logits, labels, **options)
+
+
+class FusedLinearEAKDLoss(_Loss):
+    """`fused_linear_ea_kd_loss` with its options kept:
+
+        criterion = FusedLinearEAKDLoss(entropy_temperature=1.0)
+        criterion(student_hidden, student.lm_head.weight, teacher_hidden, teacher.lm_head.weight.detach(), labels)
+
+    Takes chunk_rows, recompute, accumulate_in_fp32 and the other options, as `EAKDLoss` takes those of `ea_kd_loss`.
+    The heads stay where they are: the module has no weights.
+    """
+
+    function, check = staticmethod(fused_linear_ea_kd_loss), staticmethod(check_fused_linear_options)
+
+    @takes_options(fused_linear_ea_kd_loss, without=("teacher_logits", "student_bias", "teacher_bias"))
+    def __init__(self, **options):
+        super().__init__(**options)
+
+    def forward(
+        self,
+        student_hidden: Tensor,
+        student_weight: Tensor,
+        teacher_hidden: Tensor | None = None,
+        teacher_weight: Tensor | None = None,
+        labels: Tensor | None = None,
+        **options,
+    ) -> Tensor | tuple[Tensor, RowStats]:
+        return self._loss(student_hidden, student_weight, teacher_hidden, teacher_weight, labels, **options)

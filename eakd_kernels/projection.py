@@ -12,7 +12,7 @@ from torch import Tensor
 # Columns of a 16-bit weight that a CPU converts at a time.
 _BLOCK = 4096
 # What chunks may take: on a CPU small enough to stay beside the weights, on a GPU large enough for its matrix units.
-_CPU_BYTES, _GPU_BYTES = 64 << 20, 2 << 30
+_CPU_BYTES, _GPU_BYTES = 48 << 20, 2 << 30
 
 
 class Head(NamedTuple):
@@ -127,7 +127,7 @@ def chunk_size(columns: int, dtype: torch.dtype, device: torch.device) -> int:
     return max(multiple, budget // row_bytes // multiple * multiple)
 
 
-def check_heads(student: Head, teacher: Teacher, chunk_rows: int | None, **flags: bool) -> None:
+def check_heads(student: Head, teacher: Teacher) -> None:
     _check_head("student", student)
     forms = [
         name
@@ -152,11 +152,6 @@ def check_heads(student: Head, teacher: Teacher, chunk_rows: int | None, **flags
     for name, tensor in (("teacher_hidden", teacher.head.hidden), ("teacher_weight", teacher.head.weight)):
         if tensor is not None and tensor.requires_grad:
             raise ValueError(f"{name} requires grad, and the teacher gets no gradient here: pass {name}.detach()")
-    for name, flag in flags.items():
-        if not isinstance(flag, bool):
-            raise TypeError(f"{name} must be True or False, got {flag!r}")
-    if chunk_rows is not None and not (isinstance(chunk_rows, int) and chunk_rows >= 1):
-        raise ValueError(f"chunk_rows must be an int >= 1 or None, got {chunk_rows!r}")
 
 
 def _check_head(side: str, head: Head) -> None:
