@@ -23,24 +23,37 @@ def peak_on_gpu(loss: Loss, inputs: Inputs) -> float:
 
 
 def peak_on_cpu(case: Case, provider: str) -> float:
-    """Measured in a fresh process, where no earlier step has left memory behind. Linux only: it reads /proc."""
+    return in_a_fresh_process(_peak, case, provider, torch.get_num_threads())
+
+
+def in_a_fresh_process(measure, *arguments) -> float:
+    """Where no earlier step has left memory behind."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as fresh:
-        return fresh.submit(_peak, case, provider, torch.get_num_threads()).result()
+        return fresh.submit(measure, *arguments).result()
 
 
 def _peak(case: Case, provider: str, threads: int) -> float:
+    torch.set_num_threads(threads)
+    inputs, step = case.inputs(), providers(case, reference=True)[provider].loss
+    peak = peak_of(lambda: run(step, inputs), lambda: setattr(inputs.student, "grad", None))
+    return peak / inputs.student.nbytes
+
+
+def peak_of(step, forget) -> int:
+    """Bytes beyond what there is before a second step; `forget` frees what the first one made. Linux only: reads /proc.
+
+    For a fresh process.
+    """
     # What is freed goes back to the system at once: below, malloc must not serve a step from what it has kept.
     M_MMAP_THRESHOLD = -3
     ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 16)
-    torch.set_num_threads(threads)
-    inputs, step = case.inputs(), providers(case, reference=True)[provider].loss
-    run(step, inputs)  # compiles, loads, starts threads
-    inputs.student.grad = None
+    step()  # compiles, loads, starts threads
+    forget()
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
     before = _status("VmRSS")
-    run(step, inputs)
-    return (_status("VmHWM") - before) / inputs.student.nbytes
+    step()
+    return _status("VmHWM") - before
 
 
 def _status(field: str) -> int:
