@@ -121,7 +121,6 @@ class Shard:
     path: Path
     file: pq.ParquetFile
     provenance: Provenance
-    package_version: str
     rows_per_shard: int
 
     @property
@@ -148,32 +147,38 @@ def open_shard(path: Path) -> Shard:
     Raises CacheError where the file is truncated, damaged, not of a teacher cache, or of a newer version."""
     try:
         file = pq.ParquetFile(path, memory_map=True, page_checksum_verification=True)
-    except FileNotFoundError:
-        raise
     except (pa.ArrowException, OSError, ValueError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise  # not Arrow's: no such file, no permission
         raise CacheError(f"{path} is truncated or damaged, or no Parquet file: {error}") from error
-    found = file.schema_arrow
-    if _METADATA_KEY not in (found.metadata or {}):
-        raise CacheError(
-            f"{path} was not written by eakd_kernels: its schema has no metadata {_METADATA_KEY.decode()!r}"
-        )
+    header = _header(path, file)
     try:
-        header = json.loads(found.metadata[_METADATA_KEY])
-        if header["format_version"] > FORMAT_VERSION:
-            raise CacheError(
-                f"{path} has format version {header['format_version']}, written by eakd_kernels "
-                f"{header['package_version']}; this version reads up to {FORMAT_VERSION}"
-            )
         provenance = Provenance(**header["provenance"])
-        shard = Shard(path, file, provenance, header["package_version"], int(header["rows_per_shard"]))
-    except (KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CacheError(f"{path} has damaged metadata: {error!r}") from error
-    if not found.equals(_columns(provenance.k)):
+        shard = Shard(path, file, provenance, int(header["rows_per_shard"]))
+    except (KeyError, TypeError) as error:
+        raise CacheError(f"{path} has other metadata than a teacher cache: {error!r}") from error
+    if not file.schema_arrow.equals(_columns(provenance.k)):
+        columns = file.schema_arrow.remove_metadata()
+        raise CacheError(f"{path} has other columns than a teacher cache of k={provenance.k}:\n{columns}")
+    groups = file.metadata.num_row_groups
+    if not shard.rows == groups <= shard.rows_per_shard:
         raise CacheError(
-            f"{path} has other columns than a teacher cache of k={provenance.k}:\n{found.remove_metadata()}"
-        )
-    if not shard.rows == file.metadata.num_row_groups <= shard.rows_per_shard:
-        raise CacheError(
-            f"{path} has {shard.rows} rows in {file.metadata.num_row_groups} row groups; they must be as many"
+            f"{path} has {shard.rows} rows in {groups} row groups, not one each, or over {shard.rows_per_shard}"
         )
     return shard
+
+
+def _header(path: Path, file: pq.ParquetFile) -> dict:
+    found = (file.schema_arrow.metadata or {}).get(_METADATA_KEY)
+    if found is None:
+        raise CacheError(f"{path} was not written by eakd_kernels: its metadata has no {_METADATA_KEY.decode()!r}")
+    # Arrow keeps it in the file's metadata and again in the schema's. The footer has no checksum, this takes its place.
+    if (file.metadata.metadata or {}).get(_METADATA_KEY) != found:
+        raise CacheError(f"{path} has damaged metadata: its two copies differ")
+    header = json.loads(found)
+    if header["format_version"] > FORMAT_VERSION:
+        raise CacheError(
+            f"{path} has format version {header['format_version']}, written by eakd_kernels "
+            f"{header['package_version']}; this version reads up to {FORMAT_VERSION}"
+        )
+    return header
