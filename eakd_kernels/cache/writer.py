@@ -126,7 +126,7 @@ class TeacherCacheWriter:
     def _find_what_is_there(self, resume: bool) -> None:
         shards = shard_paths(self.path)
         if shards and not resume:
-            raise FileExistsError(f"{self.path} has a teacher cache; resume=True goes on with it")
+            raise FileExistsError(f"{self.path} has a teacher cache; resume=True (--resume) goes on with it")
         for leftover in self.path.glob(f".*{_TEMPORARY_SUFFIX}"):
             leftover.unlink()
         for number, path in enumerate(shards):
