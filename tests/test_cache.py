@@ -292,6 +292,13 @@ def test_flipped_bits_are_found_or_harmless(cache):
     assert found > 50
 
 
+def test_metadata_that_was_tampered_with(cache):
+    path = cache / "shard-000000.parquet"
+    path.write_bytes(path.read_bytes().replace(b'"teacher": "teacher"', b'"teacher": "teachex"'))
+    with pytest.raises(CacheError, match=r"shard-000000.parquet has damaged metadata"):
+        read_all(cache)
+
+
 def test_missing_file_is_named(cache):
     (cache / "shard-000001.parquet").unlink()
     for use in (TeacherCacheReader, lambda path: TeacherCacheWriter(path, PROVENANCE, resume=True)):
