@@ -127,7 +127,7 @@ class TeacherCacheWriter:
         shards = shard_paths(self.path)
         if shards and not resume:
             raise FileExistsError(f"{self.path} has a teacher cache; resume=True (--resume) goes on with it")
-        for leftover in self.path.glob(f".*{_TEMPORARY_SUFFIX}"):
+        for leftover in self.path.glob(f".shard-*{_TEMPORARY_SUFFIX}"):
             leftover.unlink()
         for number, path in enumerate(shards):
             shard = open_shard(path)

@@ -194,7 +194,7 @@ def test_missing_packages_are_named(run, corpus, monkeypatch):
 
 def test_the_manual_runs(run, corpus, teacher, tmp_path, monkeypatch):
     """docs/cache.md, on the tiny teacher's cache."""
-    manual = (Path(__file__).parent.parent / "docs" / "cache.md").read_text()
+    manual = (Path(__file__).parents[2] / "docs" / "cache.md").read_text()
     run(corpus)
     monkeypatch.chdir(tmp_path)
     tokenizer = transformers.AutoTokenizer.from_pretrained(teacher)
