@@ -39,6 +39,7 @@ class TeacherCacheWriter:
     resume: whether to go on with the cache that is there. Without one, either starts at 0.
 
     Leaving the `with` block writes what is left; leaving it by an exception does not, as if the process were killed.
+    Where writing fails (a full disk), the writer is closed with what is durable; resuming goes on.
 
     Raises
         FileExistsError: there is a cache, and resume is False.
@@ -91,7 +92,11 @@ class TeacherCacheWriter:
         self._check_open()
         if len(self._open) > self._durable:
             path = shard_path(self.path, self._full_shards)
-            _replace_durably(path, lambda file: _write_shard(file, self._schema, self._open))
+            try:
+                _replace_durably(path, lambda file: _write_shard(file, self._schema, self._open))
+            except BaseException:
+                self._release()
+                raise
             self._durable = len(self._open)
         if self._durable == self.rows_per_shard:
             self._full_shards, self._durable, self._open = self._full_shards + 1, 0, []

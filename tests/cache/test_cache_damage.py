@@ -14,7 +14,6 @@ import torch
 from cached import PROVENANCE, ROWS_PER_SHARD, assert_holds, contents, row, write
 
 from eakd_kernels.cache import CacheError, Provenance, TeacherCacheReader, TeacherCacheWriter
-from eakd_kernels.cache import writer as writer_module
 
 # Damage
 
@@ -262,20 +261,19 @@ def test_an_exception_writes_no_more_than_a_kill_would(tmp_path):
     assert_holds(tmp_path, 7)
 
 
-def test_a_full_disk_loses_nothing(tmp_path, monkeypatch):
-    """The sequences are kept, and the next flush writes them."""
-
+def test_a_full_disk_is_like_a_kill(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    writer = TeacherCacheWriter(tmp_path, PROVENANCE, rows_per_shard=3)
-    for number in range(4):
+    writer = TeacherCacheWriter(tmp_path, PROVENANCE, rows_per_shard=ROWS_PER_SHARD)
+    for number in range(5):
         writer.append(*row(number))
     with monkeypatch.context() as patch, pytest.raises(OSError, match="No space"):
-        patch.setattr(writer_module.os, "fsync", full)
-        writer.flush()
+        patch.setattr(os, "fsync", full)
+        writer.append(*row(5))
     assert writer.rows_written == 3
+    with pytest.raises(ValueError, match="closed"):
+        writer.append(*row(5))
     assert_holds(tmp_path, 3)
-    writer.close()
-    assert_holds(tmp_path, 4)
-    assert set(contents(tmp_path)) == {"shard-000000.parquet", "shard-000001.parquet"}
+    write(tmp_path, 7, first=3, resume=True)
+    assert_holds(tmp_path, 7)
