@@ -129,11 +129,12 @@ def run_tests(steps: Steps, xml: Path) -> None:
 
 def pytest_on_gpu(steps: Steps) -> list[str]:
     command = [sys.executable, "-m", "pytest", "-m", "gpu"]
-    if importlib.util.find_spec("hypothesis") is None:  # pytest would stop where it cannot import a file
-        imports = re.compile(r"^(from|import) hypothesis\b", re.MULTILINE)
-        files = [path for path in sorted((ROOT / "tests").rglob("test_*.py")) if imports.search(path.read_text())]
-        steps.show(f"hypothesis is missing: without {', '.join(path.name for path in files)}\n")
-        command += [f"--ignore={path.relative_to(ROOT)}" for path in files]
+    for package in ("hypothesis", "pyarrow", "transformers"):
+        if importlib.util.find_spec(package) is None:  # pytest would stop where it cannot import a file
+            imports = re.compile(rf"^(from|import) {package}\b", re.MULTILINE)
+            files = [path for path in sorted((ROOT / "tests").rglob("test_*.py")) if imports.search(path.read_text())]
+            steps.show(f"{package} is missing: without {', '.join(path.name for path in files)}\n")
+            command += [f"--ignore={path.relative_to(ROOT)}" for path in files]
     return command
 
 

@@ -1,5 +1,8 @@
-"""`python -m eakd_kernels`: the environment report that a bug report pastes."""
+"""`python -m eakd_kernels`: the environment report that a bug report pastes. With a command: what it says.
 
+cache: eakd_kernels/cache/command.py."""
+
+import argparse
 import platform
 import sys
 
@@ -54,5 +57,18 @@ def _cuda_extension() -> str:
     return f"torch {info['torch']}, architectures {info['architectures']}{where}"
 
 
+def main() -> None:
+    parser = argparse.ArgumentParser("python -m eakd_kernels", description="Without a command: what runs here.")
+    parser.add_argument("command", nargs="?", choices=["cache"], help="cache a teacher's top k over a corpus")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="of the command; `cache --help` lists them")
+    given = parser.parse_args()
+    if given.command is None:
+        print(report())
+    else:
+        from .cache import command
+
+        command.main(given.arguments)
+
+
 if __name__ == "__main__":
-    print(report())
+    main()
