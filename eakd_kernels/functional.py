@@ -14,6 +14,7 @@ from .options import check_number, explicit, options_class, takes_options
 from .row_losses import finish, is_live, is_scaled, reduce, row_stats, scale_of
 from .stats import RowStats
 from .validation import Problem, validate
+from .vocab_parallel import sharded_row_statistics
 
 
 @explicit
@@ -217,6 +218,7 @@ def _runs_in_one_pass(problem: Problem, options) -> bool:
         torch.is_grad_enabled()
         and student.requires_grad
         and problem.backend != "reference"
+        and problem.shards is None  # whose statistics are known after an exchange only
         and student.dtype != torch.float16  # a loss scale applied to a rounded gradient comes too late
         and options.reduction != "none"
         and options.weight_norm != "mean"
@@ -246,4 +248,8 @@ def _one_pass(problem: Problem, options) -> tuple[Tensor, RowStats]:
 
 
 def _statistics(problem: Problem, options) -> RowStats:
-    return finish(row_statistics(problem.rows, options.inplace_gradient, problem.backend), problem, options)
+    if problem.shards is None:
+        fields = row_statistics(problem.rows, options.inplace_gradient, problem.backend)
+    else:
+        fields = sharded_row_statistics(problem.rows, problem.shards, options.inplace_gradient, problem.backend)
+    return finish(fields, problem, options)
