@@ -118,8 +118,8 @@ class RowStatistics(Function):
 
     apply(*Rows, inplace_gradient, backend). Differentiable in student_logits (divergence, student_entropy,
     student_lse, cross_entropy) and in `temperatures` (divergence, student_lse). Saves both logits and the statistics:
-    52 bytes a row, 100 with a recipe (and 28 for every temperature after the first), 8 more where a temperature requires
-    grad.
+    52 bytes a row, 100 with a recipe (and 28 for every temperature after the first), 8 more where a temperature
+    requires grad.
     """
 
     @staticmethod

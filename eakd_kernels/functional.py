@@ -14,7 +14,6 @@ from .options import check_number, explicit, options_class, takes_options
 from .row_losses import finish, is_live, is_scaled, reduce, row_stats, scale_of
 from .stats import RowStats
 from .validation import Problem, validate
-from .vocab_parallel import sharded_row_statistics
 
 
 @explicit
@@ -251,5 +250,7 @@ def _statistics(problem: Problem, options) -> RowStats:
     if problem.shards is None:
         fields = row_statistics(problem.rows, options.inplace_gradient, problem.backend)
     else:
+        from .vocab_parallel import sharded_row_statistics  # see sharding.py
+
         fields = sharded_row_statistics(problem.rows, problem.shards, options.inplace_gradient, problem.backend)
     return finish(fields, problem, options)

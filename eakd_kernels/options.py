@@ -104,14 +104,12 @@ class _Checked:
         return tuple(map(float, self.temperature)) if isinstance(self.temperature, tuple | list) else None
 
     def _check_group(self):
-        distributed = torch.distributed
-        if self.process_group is None or distributed.is_available() and isinstance(
-            self.process_group, distributed.ProcessGroup
-        ):
+        group, distributed = self.process_group, torch.distributed
+        if group is None or (distributed.is_available() and isinstance(group, distributed.ProcessGroup)):
             return
         raise TypeError(
             "process_group must be None or a torch.distributed.ProcessGroup, such as torch.distributed.group.WORLD or "
-            f"device_mesh.get_group(), got {_kind(self.process_group)}"
+            f"device_mesh.get_group(), got {_kind(group)}"
         )
 
     def _check_choices(self):

@@ -307,7 +307,7 @@ class _Own(Function):
 
 
 class _Exchange(Function):
-    """[ranks, parts, rows] of a stage: apply(own, shard, part, *known), `own` out of _Own; one collective, in forward."""
+    """[ranks, parts, rows] of a stage: apply(own, shard, part, *known), `own` out of _Own. One collective."""
 
     @staticmethod
     def forward(ctx, own, shard, part, *known):

@@ -1,18 +1,21 @@
-"""Who has which columns of logits that are sharded over a process group, and the exchange of numbers of rows."""
+"""Who has which columns of logits that are sharded over a process group, and the exchange of numbers of rows.
 
-import sys
+Imported where logits are sharded only: DTensor and the compiler take longer to import than torch itself.
+"""
+
 from itertools import accumulate
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch import distributed as dist
+from torch.distributed.tensor import DTensor, Shard
 
 
 class Shards(NamedTuple):
     """A vocabulary in contiguous parts, one for each rank of a process group, in the order of ranks."""
 
-    group: "dist.ProcessGroup"
+    group: dist.ProcessGroup
     rank: int  # this process, within the group
     widths: tuple[int, ...]  # columns of every rank's logits
     vocab_size: int  # columns used: the first ones of all ranks together
@@ -40,27 +43,19 @@ class Shards(NamedTuple):
 
 
 def _gather(values: Tensor, group, ranks: int) -> Tensor:
-    gathered = values.new_empty((ranks * values.numel(),))
-    dist.all_gather_into_tensor(gathered, values.reshape(-1), group=group)
-    return gathered.reshape(ranks, *values.shape)
+    gathered = values.new_empty((ranks, *values.shape))
+    dist.all_gather([*gathered.unbind(0)], values.contiguous(), group=group)
+    return gathered
 
 
-def is_dtensor(tensor) -> bool:
-    # torch.distributed.tensor takes long to import, and whoever has a DTensor has imported it.
-    if type(tensor) in (Tensor, torch.nn.Parameter):
-        return False
-    module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and isinstance(tensor, module.DTensor)
-
-
-def local_parts(student, teacher, group) -> tuple[Tensor, Tensor, "dist.ProcessGroup | None", tuple[int, ...] | None]:
+def local_parts(student, teacher, group) -> tuple[Tensor, Tensor, dist.ProcessGroup | None, tuple[int, ...] | None]:
     """(student, teacher, group, widths) of this rank's parts of DTensors; widths: of the parts of all ranks.
 
     A group of None: the logits are whole. Logits that are no DTensors come back as they are, without widths.
     """
-    if not (is_dtensor(student) or is_dtensor(teacher)):
+    if not (isinstance(student, DTensor) or isinstance(teacher, DTensor)):
         return student, teacher, None if dist.get_world_size(group) == 1 else group, None
-    if not (is_dtensor(student) and is_dtensor(teacher)):
+    if not (isinstance(student, DTensor) and isinstance(teacher, DTensor)):
         raise TypeError(
             "student_logits and teacher_logits must both be DTensors or both be ordinary tensors, got "
             f"{type(student).__name__} and {type(teacher).__name__}; DTensor.from_local makes one of a shard"
@@ -75,8 +70,8 @@ def local_parts(student, teacher, group) -> tuple[Tensor, Tensor, "dist.ProcessG
         )
     if student.shape[-1] != teacher.shape[-1]:
         raise ValueError(
-            f"student_logits have {student.shape[-1]} columns and teacher_logits {teacher.shape[-1]}: their shards would "
-            "not hold the same columns; pad the narrower ones and pass vocab_size"
+            f"student_logits have {student.shape[-1]} columns and teacher_logits {teacher.shape[-1]}: their shards "
+            "would not hold the same columns; pad the narrower ones and pass vocab_size"
         )
     dimension = _vocabulary_dimension(student)
     if dimension is None:
@@ -96,7 +91,7 @@ def _vocabulary_dimension(logits) -> int | None:
         if placement.is_replicate():
             continue
         # Not a subclass of Shard either, which would lay the columns out in another order.
-        plain = type(placement).__name__ == "Shard" and placement.dim % logits.dim() == logits.dim() - 1
+        plain = type(placement) is Shard and placement.dim % logits.dim() == logits.dim() - 1
         if not plain or found is not None:
             raise ValueError(
                 "DTensor logits must be Replicate() in every mesh dimension but one, and Shard(-1) there, got "
@@ -106,6 +101,7 @@ def _vocabulary_dimension(logits) -> int | None:
     return found
 
 
+@torch.compiler.disable
 def agree(group, widths: tuple[int, ...] | None, student: Tensor, teacher: Tensor, vocab_size) -> Shards:
     """The layout of the vocabulary, as all ranks of the group see it.
 

@@ -1,13 +1,17 @@
 """Checks of the tensors of one call, before any work is done, and what the call works on as a result."""
 
 import math
-from typing import NamedTuple
+import sys
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import dispatch, divergences, sharding
+from . import dispatch, divergences
 from .ops import STANDARDIZE, Recipe, Rows, statistics_dtype
+
+if TYPE_CHECKING:
+    from .sharding import Shards
 
 _LOGIT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -18,7 +22,7 @@ class Problem(NamedTuple):
     backend: str
     labelled: bool  # cross-entropy is computed
     temperatures: int  # how many the divergence sums over
-    shards: sharding.Shards | None = None  # None: the rows are whole
+    shards: "Shards | None" = None  # None: the rows are whole
 
 
 def validate(
@@ -29,11 +33,7 @@ def validate(
     Raises ValueError or TypeError naming the argument, what it got and what would work."""
     if options.inplace_gradient:
         _check_no_leaf(student)
-    group, widths = options.process_group, None
-    if group is not None or sharding.is_dtensor(student) or sharding.is_dtensor(teacher):
-        student, teacher, group, widths = sharding.local_parts(student, teacher, group)
-    _check_logits(student, teacher, least_columns=1 if group is None else 0)
-    shards = None if group is None else sharding.agree(group, widths, student, teacher, options.vocab_size)
+    student, teacher, shards = _local(student, teacher, options)
     vocab_size = shards.vocab_size if shards is not None else _columns_used(student, teacher, options.vocab_size)
     leading = student.shape[:-1]
     _check_per_row("labels", labels, leading, student, "int64")
@@ -77,6 +77,27 @@ def validate(
     return Problem(rows, bound, backend, rows.labels is not None, len(recipe.temperatures), shards)
 
 
+def _local(student, teacher, options) -> "tuple[Tensor, Tensor, Shards | None]":
+    """The logits, checked; of sharded ones this rank's columns, and who has the others."""
+    group = options.process_group
+    if group is None and not (_is_dtensor(student) or _is_dtensor(teacher)):
+        _check_logits(student, teacher)
+        return student, teacher, None
+    from . import sharding
+
+    student, teacher, group, widths = sharding.local_parts(student, teacher, group)
+    _check_logits(student, teacher, least_columns=1 if group is None else 0)
+    shards = None if group is None else sharding.agree(group, widths, student, teacher, options.vocab_size)
+    return student, teacher, shards
+
+
+def _is_dtensor(tensor) -> bool:
+    if type(tensor) in (Tensor, torch.nn.Parameter):
+        return False
+    module = sys.modules.get("torch.distributed.tensor")  # who has a DTensor has imported it, which takes long
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
 def _recipe(options, decoupled) -> Recipe:
     divergence = options.divergence
     if isinstance(divergence, str):
@@ -117,7 +138,7 @@ def _class_bias(weights, vocab_size, student, teacher) -> Tensor | None:
     return bias - bias.amax()
 
 
-def _check_logits(student, teacher, least_columns) -> None:
+def _check_logits(student, teacher, least_columns=1) -> None:
     for name, logits in (("student_logits", student), ("teacher_logits", teacher)):
         if not torch.is_tensor(logits):
             raise TypeError(f"{name} must be a tensor, got {type(logits).__name__}")

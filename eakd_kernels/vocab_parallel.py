@@ -3,7 +3,7 @@
 The KL family goes through the kernels: every rank sweeps its own columns, one all-gather brings the ranks' statistics
 together, and every rank merges them in the order of ranks, so that all have the same bits. The merged statistics take
 the place of the shard's in backward, whose kernel then writes the exact gradient of the shard's columns and needs
-nothing of the other ranks. Everything else goes through sharded_formulas.py.
+nothing of the other ranks. Everything else goes through sharded_formulas.py. torch.compile breaks its graph here.
 """
 
 import torch
@@ -18,8 +18,9 @@ from .sharding import Shards
 from .stats import RECIPE_STATISTICS, STATISTICS, TEMPERATURE_STATISTICS, statistics_count
 
 
+@torch.compiler.disable
 def sharded_row_statistics(rows: Rows, shards: Shards, inplace_gradient: bool, backend: str) -> tuple[Tensor, ...]:
-    """stats.PUBLIC_FIELDS of every row, differentiable as RowStatistics says; rows.labels are of the whole vocabulary."""
+    """stats.PUBLIC_FIELDS of every row, differentiable as RowStatistics says; rows.labels are global ids."""
     if backend == "reference" or not _merges(rows):
         return sharded_formulas.row_statistics(rows, shards, inplace_gradient)
     return ShardedRowStatistics.apply(*rows, inplace_gradient, backend, shards)
@@ -31,10 +32,6 @@ def _merges(rows: Rows) -> bool:
     if rows.temperatures is not None and rows.temperatures.requires_grad:
         return False
     return recipe is None or (recipe.divergence == Jeffreys.code and not recipe.standardize)
-
-
-# The torch.compile graph breaks here. torch.compiler.disable sets this attribute too, and imports the compiler.
-sharded_row_statistics._torchdynamo_disable = True
 
 
 class ShardedRowStatistics(Function):
@@ -122,7 +119,7 @@ def _largest(maxima: Tensor, sums: Tensor) -> Tensor:
 
 
 def _shares(sums: Tensor, maxima: Tensor, largest: Tensor, temperature) -> tuple[Tensor, Tensor]:
-    """(log of the sum about `largest`, -inf where it is 0; log of every shard's share in it, -inf where it has none)."""
+    """(log of the sum about `largest`, log of every shard's share in it), -inf where there is none."""
     logs = torch.where(sums == 0, -torch.inf, sums.log() + (maxima - largest) / temperature)
     total = logs.logsumexp(0)
     return total, torch.where(logs == -torch.inf, -torch.inf, logs - total)
@@ -160,8 +157,9 @@ def _merge_kl(whole: dict[str, Tensor], parts: dict[str, Tensor], rows: Rows, re
     teacher, p = _shares(parts["teacher_sum"], parts["teacher_max"], whole["teacher_max"], tau)
     student, q = _shares(parts["student_sum"], parts["student_max"], whole["student_max"], tau)
     whole["teacher_sum"], whole["student_sum"] = teacher.exp(), student.exp()
-    whole["teacher_lse"], whole["student_lse"] = _lse(whole["teacher_max"], tau, teacher), _lse(
-        whole["student_max"], tau, student
+    whole["teacher_lse"], whole["student_lse"] = (
+        _lse(whole["teacher_max"], tau, teacher),
+        _lse(whole["student_max"], tau, student),
     )
     whole["divergence"] = _average(p, parts["divergence"] + p - q) + _nan_stays(teacher, student)
 
