@@ -171,7 +171,8 @@ def _fields(shard: "_Shard", parts: _Parts) -> tuple[Tensor, ...]:
     cross_entropy = torch.zeros_like(student_lse)
     if parts.labelled:
         hard_lse = reference.logsumexp(gathered[-2].movedim(0, -1))
-        cross_entropy = shard.nan_without_owner(hard_lse - at_label[-1])
+        cross_entropy = torch.where(hard_lse < torch.inf, hard_lse - at_label[-1], torch.nan)
+        cross_entropy = shard.nan_without_owner(cross_entropy)
         cross_entropy = torch.where(hard_lse == -torch.inf, 0.0, cross_entropy)
     return (
         torch.where(wrong, torch.nan, total),

@@ -122,7 +122,8 @@ def _shares(sums: Tensor, maxima: Tensor, largest: Tensor, temperature) -> tuple
     """(log of the sum about `largest`, log of every shard's share in it), -inf where there is none."""
     logs = torch.where(sums == 0, -torch.inf, sums.log() + (maxima - largest) / temperature)
     total = logs.logsumexp(0)
-    return total, torch.where(logs == -torch.inf, -torch.inf, logs - total)
+    none = (logs == -torch.inf) & ~total.isnan()  # nothing hides NaN
+    return total, torch.where(none, -torch.inf, logs - total)
 
 
 def _average(log_shares: Tensor, values: Tensor) -> Tensor:
