@@ -165,7 +165,7 @@ def _fields(shard: "_Shard", parts: _Parts) -> tuple[Tensor, ...]:
         divergence, lses[:count] = _with_labels(divergence, lses[:count], at_label[:count], recipe)
         divergence = [shard.nan_without_owner(x) for x in divergence]
     student_lse, teacher_lse = lses[count - 2 : count]
-    # Nothing hides NaN or +inf, no mass on the other side either.
+    # Nothing hides NaN or +inf, neither no mass on the other side nor, in the gradient, the shard that has it not.
     wrong = ~((teacher_lse < torch.inf) & (student_lse < torch.inf))
     total = sum(factor * x for factor, x in zip(recipe.factors, divergence, strict=True))
     cross_entropy = torch.zeros_like(student_lse)
@@ -175,7 +175,7 @@ def _fields(shard: "_Shard", parts: _Parts) -> tuple[Tensor, ...]:
         cross_entropy = shard.nan_without_owner(cross_entropy)
         cross_entropy = torch.where(hard_lse == -torch.inf, 0.0, cross_entropy)
     return (
-        torch.where(wrong, torch.nan, total),
+        total * torch.where(wrong, torch.nan, 1.0),
         teacher_entropy.detach(),
         student_entropy,
         torch.where(teacher_lse == -torch.inf, 0.0, teacher_lse).detach(),
