@@ -42,8 +42,9 @@ class ShardedRowStatistics(Function):
 
     @staticmethod
     def forward(ctx, *arguments):
-        *rows, inplace, backend, shards = arguments
-        rows, labels = Rows(*rows), Rows(*rows).labels
+        *fields, inplace, backend, shards = arguments
+        rows = Rows(*fields)
+        labels = rows.labels
         if labels is not None:
             rows = rows._replace(labels=shards.own_labels(labels))
         ctx.no_columns = rows.vocab_size == 0

@@ -147,7 +147,9 @@ def mean_weighted_share(student, teacher, labels):
     student, teacher, labels = own_half(student, teacher, labels)
     student.requires_grad_()
     count = kept_by_all(labels)
-    loss = ea_kd_loss(student, teacher, labels, weighting=partial(mean_of_all_ranks, count=count), num_items=count, **OPTIONS)
+    loss = ea_kd_loss(
+        student, teacher, labels, weighting=partial(mean_of_all_ranks, count=count), num_items=count, **OPTIONS
+    )
     loss.backward()
     return loss.detach(), student.grad
 
