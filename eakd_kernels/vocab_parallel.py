@@ -159,10 +159,8 @@ def _merge_kl(whole: dict[str, Tensor], parts: dict[str, Tensor], rows: Rows, re
     teacher, p = _shares(parts["teacher_sum"], parts["teacher_max"], whole["teacher_max"], tau)
     student, q = _shares(parts["student_sum"], parts["student_max"], whole["student_max"], tau)
     whole["teacher_sum"], whole["student_sum"] = teacher.exp(), student.exp()
-    whole["teacher_lse"], whole["student_lse"] = (
-        _lse(whole["teacher_max"], tau, teacher),
-        _lse(whole["student_max"], tau, student),
-    )
+    whole["teacher_lse"] = _lse(whole["teacher_max"], tau, teacher)
+    whole["student_lse"] = _lse(whole["student_max"], tau, student)
     whole["divergence"] = _average(p, parts["divergence"] + p - q) + _nan_stays(teacher, student)
 
 
