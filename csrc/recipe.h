@@ -35,9 +35,19 @@ enum RecipeField : int {
   kTeacherDeviation,
   kEntropyPull,
   kLsePull,
+  kRecipeTeacherEntropySum,  // about the largest of all columns, as the student's
   kNumRecipeFields,
 };
-enum TauField : int { kRestTeacherSum, kRestStudentSum, kPull, kStudentPull, kTeacherPull, kNumTauFields };
+enum TauField : int {
+  kRestTeacherSum,
+  kRestStudentSum,
+  kPull,
+  kStudentPull,
+  kTeacherPull,
+  kForwardKL,  // the two parts of the KL family, 0 where not asked for: shards of a row merge them one by one
+  kReverseKL,
+  kNumTauFields,
+};
 
 enum Standardize : int { kNoStandardize, kStandardizeDivergence, kStandardizeAll };
 

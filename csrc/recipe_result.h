@@ -51,6 +51,7 @@ struct TauResult {
   T pull;                        // S h over the columns, for a gradient h - q S h
   T student_pull, teacher_pull;  // only after a sweep of values
   T mean_d;                      // E_q[d] in nats, over all columns; only after a sweep of values
+  T forward, reverse;            // of the KL family; only without a sweep of values
 };
 
 // values: whether the sweep of values ran.
@@ -69,6 +70,7 @@ EAKD_HD TauResult<T> finish_columns(const Recipe& recipe, const TauSums<T>& s, b
   const T reverse = second == 0 ? T(0) : kl_of_sums(s.D0, s.Dd, s.B0);
   r.divergence = (first == 0 ? T(0) : first * forward) + (second == 0 ? T(0) : second * reverse) + nan_stays;
   r.pull = (second == 0 ? T(0) : second * (1 + reverse)) - (s.B0 == 0 ? T(0) : first);
+  r.forward = forward, r.reverse = reverse;
   return r;
 }
 
@@ -160,11 +162,13 @@ EAKD_HD RecipeNumbers<T> recipe_numbers(const Recipe& recipe, const double* taus
     T* numbers = out.tau[k];
     numbers[kRestTeacherSum] = sums.B0, numbers[kRestStudentSum] = sums.D0, numbers[kPull] = r.pull;
     numbers[kStudentPull] = r.student_pull, numbers[kTeacherPull] = r.teacher_pull;
+    numbers[kForwardKL] = r.forward, numbers[kReverseKL] = r.reverse;
   }
   out.divergence_slope = slope;
   out.common[kRestTeacherMax] = s.rest_My, out.common[kRestStudentMax] = s.rest_Mz;
   out.common[kRecipeStudentMax] = s.Mz;
   out.common[kRecipeStudentEntropySum] = s.E0, out.common[kRecipeStudentHardSum] = s.F0;
+  out.common[kRecipeTeacherEntropySum] = s.A0;
   out.common[kStudentCount] = s.student.count, out.common[kStudentMean] = s.student.mean;
   out.common[kStudentDeviation] = s.student.deviation(), out.common[kTeacherDeviation] = s.teacher.deviation();
   const T mean = s.E1 / s.E0;

@@ -25,8 +25,9 @@
 
 namespace eakd {
 // Order of the rows of the statistics tensor, as eakd_kernels/stats.py names them. The first six are public; the
-// second six are what the gradient needs (sums, not log-sum-exps: at an offset of 1000 an fp32 lse has steps of 6e-5);
-// the last two are there only for a temperature that requires grad.
+// next six are what the gradient needs (sums, not log-sum-exps: at an offset of 1000 an fp32 lse has steps of 6e-5);
+// the teacher's sum at t is what merging shards of a row needs besides; the last two are there only for a temperature
+// that requires grad.
 enum Field : int {
   kDivergence,
   kTeacherEntropy,
@@ -40,6 +41,7 @@ enum Field : int {
   kStudentSum,
   kStudentEntropySum,
   kStudentHardSum,
+  kTeacherEntropySum,
   kNumStatistics,
   kDivergenceSlope = kNumStatistics,
   kStudentLseSlope,

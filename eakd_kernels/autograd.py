@@ -63,7 +63,7 @@ class RowGradient(Function):
         return _NoSecondBackward.backward(ctx, grad_output)
 
 
-class _ReferenceStudent(Function):
+class ReferenceStudent(Function):
     """The identity on the student's logits, whose gradient keeps what the kernels' promises: once, and in place."""
 
     @staticmethod
@@ -86,7 +86,7 @@ def row_statistics(rows: Rows, inplace_gradient: bool, backend: str) -> tuple[Te
         return RowStatistics.apply(*rows, inplace_gradient, backend)
     from .backends import reference
 
-    student = _ReferenceStudent.apply(rows.student_logits, inplace_gradient)
+    student = ReferenceStudent.apply(rows.student_logits, inplace_gradient)
     return reference.statistics(rows._replace(student_logits=student))
 
 
@@ -101,7 +101,7 @@ def _row_gradient(*arguments) -> Tensor:
     return gradient
 
 
-def _save(ctx, *tensors: Tensor | None) -> None:
+def save_tensors(ctx, *tensors: Tensor | None) -> None:
     """save_for_backward, which refuses what torch.inference_mode() made: a teacher's logits, most likely."""
     ctx.unsaved = {}
     if not torch.compiler.is_compiling():
@@ -109,7 +109,7 @@ def _save(ctx, *tensors: Tensor | None) -> None:
     ctx.save_for_backward(*(None if i in ctx.unsaved else tensor for i, tensor in enumerate(tensors)))
 
 
-def _saved(ctx) -> tuple[Tensor | None, ...]:
+def saved_tensors(ctx) -> tuple[Tensor | None, ...]:
     return tuple(ctx.unsaved.get(i, tensor) for i, tensor in enumerate(ctx.saved_tensors))
 
 
@@ -118,16 +118,21 @@ class RowStatistics(Function):
 
     apply(*Rows, inplace_gradient, backend). Differentiable in student_logits (divergence, student_entropy,
     student_lse, cross_entropy) and in `temperatures` (divergence, student_lse). Saves both logits and the statistics:
-    48 bytes a row, 88 with a recipe (and 20 for every temperature after the first), 8 more where a temperature requires
-    grad.
+    52 bytes a row, 100 with a recipe (and 28 for every temperature after the first), 8 more where a temperature
+    requires grad.
     """
 
     @staticmethod
     def forward(ctx, *arguments):
-        *rows, ctx.inplace, ctx.backend = arguments
-        slopes = ctx.needs_input_grad[_TEMPERATURES]
-        statistics = ops.row_statistics(*rows, slopes, ctx.backend)
-        _save(ctx, *(rows[i] for i in _TENSORS), statistics)
+        *rows, inplace, backend = arguments
+        statistics = ops.row_statistics(*rows, ctx.needs_input_grad[_TEMPERATURES], backend)
+        return RowStatistics.keep(ctx, rows, statistics, inplace, backend)
+
+    @staticmethod
+    def keep(ctx, rows, statistics: Tensor, inplace: bool, backend: str) -> tuple[Tensor, ...]:
+        """The public fields of `statistics`, which backward will take for those of the rows."""
+        ctx.inplace, ctx.backend = inplace, backend
+        save_tensors(ctx, *(rows[i] for i in _TENSORS), statistics)
         ctx.constants = [None if i in _TENSORS else constant for i, constant in enumerate(rows)]
         ctx.set_materialize_grads(False)
         fields = statistics.unbind(0)[: len(PUBLIC_FIELDS)]
@@ -136,7 +141,7 @@ class RowStatistics(Function):
 
     @staticmethod
     def backward(ctx, g_divergence, _g_teacher_entropy, g_entropy, _g_teacher_lse, g_lse, g_hard):
-        *tensors, statistics = _saved(ctx)
+        *tensors, statistics = saved_tensors(ctx)
         arguments = list(ctx.constants)
         for i, tensor in zip(_TENSORS, tensors, strict=True):
             arguments[i] = tensor

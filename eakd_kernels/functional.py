@@ -91,7 +91,12 @@ def ea_kd_loss(
         num_items: > 0, int or 0-d tensor: "mean" and "sum" then both give sum / num_items (gradient accumulation).
         vocab_size: use the first V columns only, without a copy; the others get gradient 0. For logits of different
             or padded widths.
-        process_group: not in this version.
+        process_group: the last dimension is a shard of the vocabulary: [..., V_local] of both logits, contiguous in the
+            order of the group's ranks, of any sizes. labels are ids of, and vocab_size, entropy_bound and
+            teacher_class_weights are for, the whole vocabulary; all else is the same on every rank. Every rank gets
+            the same loss, bit for bit, and that loss's gradient for its own columns. DTensors with Shard(-1) (and
+            otherwise Replicate()) need no group. docs/parallel.md says what is exchanged, and which divergences
+            take temporaries of the logits' size.
         inplace_gradient: the gradient takes the student logits' storage, from this call on or in backward: do not
             read the logits after the call. What saved them before it gets an error from autograd, not wrong values.
             Refused for leaves that require grad, views of such, and logits that share memory with the teacher's.
@@ -103,7 +108,6 @@ def ea_kd_loss(
 
     Raises:
         TypeError, ValueError: an argument is not as above; the message says what would work.
-        NotImplementedError: a keyword of a later version.
         RuntimeError: a backend asked for by name cannot run; differentiating twice.
 
     -inf in the same column of both logits counts for nothing. Where only the student is -inf the divergence is +inf,
@@ -219,6 +223,7 @@ def _runs_in_one_pass(problem: Problem, options) -> bool:
     return (
         student.requires_grad
         and problem.backend != "reference"
+        and problem.shards is None  # whose statistics are known after an exchange only
         and student.dtype != torch.float16  # a loss scale applied to a rounded gradient comes too late
         and row_losses.is_scale_known(problem, options)
     )
@@ -244,5 +249,13 @@ def _one_pass(problem: Problem, options) -> tuple[Tensor, RowStats]:
 
 
 def _statistics(problem: Problem, options) -> RowStats:
-    fields = row_statistics(problem.rows, options.inplace_gradient, problem.backend)
-    return row_losses.finish(fields, problem, options)
+    return row_losses.finish(row_fields(problem, options.inplace_gradient), problem, options)
+
+
+def row_fields(problem: Problem, inplace_gradient: bool) -> tuple[Tensor, ...]:
+    """stats.PUBLIC_FIELDS of every row, differentiable as autograd.RowStatistics says."""
+    if problem.shards is None:
+        return row_statistics(problem.rows, inplace_gradient, problem.backend)
+    from .vocab_parallel import sharded_row_statistics  # see sharding.py
+
+    return sharded_row_statistics(problem.rows, problem.shards, inplace_gradient, problem.backend)

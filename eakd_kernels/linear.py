@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.autograd import Function
 
 from . import row_losses
-from .autograd import once, row_statistics, scaled
-from .functional import Options, ea_kd_loss, loss_of_logits
+from .autograd import once, scaled
+from .functional import Options, ea_kd_loss, loss_of_logits, row_fields
 from .options import takes_options
 from .projection import Head, HeadGradient, Teacher, check_heads, chunk_size
 from .stats import PUBLIC_FIELDS, RowStats
@@ -161,7 +161,7 @@ class _Call(NamedTuple):
             changes["temperature"] = temperature
         options = self._options(chunk, **changes)
         problem = validate(student, teacher, self._labels(chunk), options, self.problem.labelled)
-        return row_statistics(problem.rows, options.inplace_gradient, problem.backend)
+        return row_fields(problem, options.inplace_gradient)
 
     def new_fields(self, count: int) -> list[Tensor]:
         """[N] each, 0 in rows left out."""

@@ -109,7 +109,7 @@ class _Checked:
     """The checks that need no other argument; validation.py has those that need the logits."""
 
     def __post_init__(self):
-        self._check_later()
+        self._check_group()
         self._check_choices()
         self._check_temperatures()
         self._check_numbers()
@@ -123,9 +123,14 @@ class _Checked:
         """Those to sum over."""
         return tuple(map(float, self.temperature)) if isinstance(self.temperature, tuple | list) else None
 
-    def _check_later(self):
-        if self.process_group is not None:
-            raise NotImplementedError("process_group is not in this version of eakd_kernels; leave it at None")
+    def _check_group(self):
+        group, distributed = self.process_group, torch.distributed
+        if group is None or (distributed.is_available() and isinstance(group, distributed.ProcessGroup)):
+            return
+        raise TypeError(
+            "process_group must be None or a torch.distributed.ProcessGroup, such as torch.distributed.group.WORLD or "
+            f"device_mesh.get_group(), got {_kind(group)}"
+        )
 
     def _check_choices(self):
         if isinstance(self.reduction, str) and self.reduction == "batchmean":

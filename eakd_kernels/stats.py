@@ -34,7 +34,8 @@ class RowStats(NamedTuple):
 
 # Rows of the statistics tensor, as csrc/row_state.h numbers them.
 PUBLIC_FIELDS = RowStats._fields[2:]
-# Row statistics keep what the gradient needs: maxima, and sums of exponentials at tau (both), t and 1 (student).
+# Row statistics keep what the gradient needs: maxima, and sums of exponentials at tau (both), t and 1 (student). The
+# teacher's sum at t is for merging shards of a row.
 STATISTICS = (
     *PUBLIC_FIELDS,
     "teacher_max",
@@ -43,6 +44,7 @@ STATISTICS = (
     "student_sum",
     "student_entropy_sum",
     "student_hard_sum",
+    "teacher_entropy_sum",
 )
 # d/dtau, where a temperature requires grad.
 SLOPES = ("divergence_slope", "student_lse_slope")
@@ -63,9 +65,18 @@ RECIPE_STATISTICS = (
     "teacher_deviation",
     "entropy_pull",
     "lse_pull",
+    "teacher_entropy_sum",
 )
 # and of every temperature
-TEMPERATURE_STATISTICS = ("rest_teacher_sum", "rest_student_sum", "pull", "student_pull", "teacher_pull")
+TEMPERATURE_STATISTICS = (
+    "rest_teacher_sum",
+    "rest_student_sum",
+    "pull",
+    "student_pull",
+    "teacher_pull",
+    "forward_kl",  # of the KL family, 0 where not asked for: shards of a row merge the two one by one
+    "reverse_kl",
+)
 
 
 def statistics_count(num_temperatures: int | None, slopes: bool) -> int:

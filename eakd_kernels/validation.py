@@ -1,7 +1,8 @@
 """Checks of the tensors of one call, before any work is done, and what the call works on as a result."""
 
 import math
-from typing import NamedTuple
+import sys
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -9,15 +10,19 @@ from torch import Tensor
 from . import dispatch, divergences
 from .ops import STANDARDIZE, Recipe, Rows, statistics_dtype
 
+if TYPE_CHECKING:
+    from .sharding import Shards
+
 _LOGIT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 class Problem(NamedTuple):
-    rows: Rows
+    rows: Rows  # with shards: the columns of this rank, but labels of the whole vocabulary
     entropy_bound: float  # H_ub
     backend: str
     labelled: bool  # cross-entropy is computed
     temperatures: int  # how many the divergence sums over
+    shards: "Shards | None" = None  # None: the rows are whole
 
 
 def validate(
@@ -26,7 +31,10 @@ def validate(
     """decoupled: (code, parameters) of a divergence that options cannot name, and that needs labels.
 
     Raises ValueError or TypeError naming the argument, what it got and what would work."""
-    vocab_size = _check_logits(student, teacher, options.vocab_size)
+    if options.inplace_gradient:
+        _check_no_leaf(student)
+    student, teacher, shards = _local(student, teacher, options)
+    vocab_size = shards.vocab_size if shards is not None else _columns_used(student, teacher, options.vocab_size)
     leading = student.shape[:-1]
     _check_per_row("labels", labels, leading, student, "int64")
     _check_per_row("mask", options.mask, leading, student, "bool")
@@ -43,6 +51,8 @@ def validate(
     if options.inplace_gradient:
         _check_inplace(student, teacher)
     class_bias = _class_bias(options.teacher_class_weights, vocab_size, student, teacher)
+    if class_bias is not None and shards is not None:
+        class_bias = class_bias[shards.columns]
     labels, temperatures = _ordinary(labels), _ordinary(temperatures)
     keep = _ordinary(_rows_kept(labels, options))
     wants_labels = wants_cross_entropy or decoupled is not None
@@ -59,12 +69,33 @@ def validate(
         temperatures,
         recipe.temperatures[0],
         float(options.entropy_temperature),
-        vocab_size,
+        vocab_size if shards is None else shards.columns.stop - shards.columns.start,
         [] if class_bias is None and recipe == Recipe(temperatures=recipe.temperatures) else recipe.flat(),
         class_bias,
     )
     bound = math.log(vocab_size) if options.entropy_bound is None else float(options.entropy_bound)
-    return Problem(rows, bound, backend, rows.labels is not None, len(recipe.temperatures))
+    return Problem(rows, bound, backend, rows.labels is not None, len(recipe.temperatures), shards)
+
+
+def _local(student, teacher, options) -> "tuple[Tensor, Tensor, Shards | None]":
+    """The logits, checked; of sharded ones this rank's columns, and who has the others."""
+    group = options.process_group
+    if group is None and not (_is_dtensor(student) or _is_dtensor(teacher)):
+        _check_logits(student, teacher)
+        return student, teacher, None
+    from . import sharding
+
+    student, teacher, group, widths = sharding.local_parts(student, teacher, group)
+    _check_logits(student, teacher, least_columns=1 if group is None else 0)
+    shards = None if group is None else sharding.agree(group, widths, student, teacher, options.vocab_size)
+    return student, teacher, shards
+
+
+def _is_dtensor(tensor) -> bool:
+    if type(tensor) in (Tensor, torch.nn.Parameter):
+        return False
+    module = sys.modules.get("torch.distributed.tensor")  # who has a DTensor has imported it, which takes long
+    return module is not None and isinstance(tensor, module.DTensor)
 
 
 def _recipe(options, decoupled) -> Recipe:
@@ -112,13 +143,13 @@ def _class_bias(weights, vocab_size, student, teacher) -> Tensor | None:
     return bias - bias.amax()
 
 
-def _check_logits(student, teacher, vocab_size) -> int:
+def _check_logits(student, teacher, least_columns=1) -> None:
     for name, logits in (("student_logits", student), ("teacher_logits", teacher)):
         if not torch.is_tensor(logits):
             raise TypeError(f"{name} must be a tensor, got {type(logits).__name__}")
         if logits.dtype not in _LOGIT_DTYPES:
             raise TypeError(f"{name} must be float64, float32, bfloat16 or float16, got {logits.dtype}")
-        if logits.dim() == 0 or logits.shape[-1] == 0:
+        if logits.dim() == 0 or logits.shape[-1] < least_columns:
             raise ValueError(f"{name} must be [..., vocab] with at least one column, got {tuple(logits.shape)}")
     if teacher.requires_grad:
         raise ValueError(
@@ -131,6 +162,9 @@ def _check_logits(student, teacher, vocab_size) -> int:
             f"{tuple(student.shape)} and {tuple(teacher.shape)}"
         )
     _check_device("teacher_logits", teacher, student)
+
+
+def _columns_used(student, teacher, vocab_size) -> int:
     narrower = min(student.shape[-1], teacher.shape[-1])
     if vocab_size is None:
         if student.shape[-1] != teacher.shape[-1]:
@@ -183,7 +217,9 @@ def _ordinary(tensor: Tensor | None) -> Tensor | None:
     return tensor.clone()
 
 
-def _check_inplace(student, teacher) -> None:
+def _check_no_leaf(student) -> None:
+    if not torch.is_tensor(student):
+        return
     eager = not torch.compiler.is_compiling()  # which cannot ask what is a view of what
     base = student._base if eager and student._is_view() else student
     if base.requires_grad and base.is_leaf:
@@ -191,7 +227,10 @@ def _check_inplace(student, teacher) -> None:
             "inplace_gradient=True overwrites student_logits with their gradient, which a leaf that requires grad, or "
             "a view of one, cannot allow; pass a computed tensor, or inplace_gradient=False"
         )
-    if eager and torch._C._is_alias_of(student, teacher):
+
+
+def _check_inplace(student, teacher) -> None:
+    if not torch.compiler.is_compiling() and torch._C._is_alias_of(student, teacher):
         raise ValueError(
             "inplace_gradient=True needs student_logits that share no memory with teacher_logits: the gradient would "
             "overwrite the teacher; pass teacher_logits.clone(), or inplace_gradient=False"

@@ -11,6 +11,8 @@ if not torch.cuda.is_available():  # both are read when the kernels are imported
     os.environ.setdefault("TRITON_INTERPRET", "1")
     os.environ.setdefault("EAKD_CUDA_EMULATOR", next(map(str, Path(__file__).parent.glob("emulator/*.so")), ""))
 
+from processes import World
+
 from eakd_kernels import available_backends
 
 ON_GPU = {"triton", "cuda"} if torch.cuda.is_available() else set()
@@ -56,6 +58,15 @@ def kernels(request):
 def fp64_backend(request):
     """Every backend that computes in fp64."""
     return request.param
+
+
+@pytest.fixture(scope="session")
+def world():
+    """world(size): a process group of so many processes, kept for the session."""
+    worlds = {}
+    yield lambda size: worlds.setdefault(size, World(size))
+    for started in worlds.values():
+        started.stop()
 
 
 @pytest.fixture(autouse=True)

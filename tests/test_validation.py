@@ -104,7 +104,7 @@ BAD = [
     ),
     ({"detach_weights": "no"}, TypeError, "detach_weights.*no"),
     ({"ignore_index": 1.5}, TypeError, "ignore_index.*float"),
-    ({"process_group": object()}, NotImplementedError, "process_group"),
+    ({"process_group": object()}, TypeError, "process_group must be None or a torch.distributed.ProcessGroup"),
     ({"standardize": "both"}, ValueError, 'standardize.*True or "all".*both'),
     ({"standardize": 1}, ValueError, "standardize.*got 1"),
     ({"teacher_class_weights": torch.ones(9)}, ValueError, r"teacher_class_weights.*\(10,\).*\(9,\)"),

@@ -152,8 +152,8 @@ void compute_statistics(const Rows& rows, T* out) {
   const RowTemperatures temperatures = rows.temperatures();
   visit_states<T>(rows.job, temperatures, [&](int64_t row, const RowState<double>& s) {
     const RowResult<double> r = finish_row(rows, row, s, temperatures.at(row), out);
-    const double saved[] = {s.My, s.Mz, s.B0, s.D0, s.E0, s.F0};
-    for (int i = 0; i < 6; ++i)
+    const double saved[] = {s.My, s.Mz, s.B0, s.D0, s.E0, s.F0, s.A0};
+    for (int i = 0; i < kNumStatistics - kTeacherMax; ++i)
       out[(kTeacherMax + i) * stride + row] = T(saved[i]);
     if (!rows.job.temperature_slopes) return;
     out[kDivergenceSlope * stride + row] = r.divergence_slope;

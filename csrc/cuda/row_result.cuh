@@ -34,6 +34,7 @@ __device__ __forceinline__ void store_statistics(const RowJob& job, int row, con
   store(kTeacherMax, s.My), store(kStudentMax, s.Mz);
   store(kTeacherSum, s.B0), store(kStudentSum, s.D0);
   store(kStudentEntropySum, s.E0), store(kStudentHardSum, s.F0);
+  store(kTeacherEntropySum, s.A0);
   if (!job.slopes) return;
   store(kDivergenceSlope, r.divergence_slope), store(kStudentLseSlope, r.student_lse_slope);
 }

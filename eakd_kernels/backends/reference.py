@@ -31,7 +31,7 @@ def statistics(rows: Rows) -> tuple[Tensor, ...]:
         seen = tuple(map(_standardized, seen))
     divergence, teacher_lse, student_lse = _divergence(*seen, rows, recipe)
     raw = seen if recipe.standardize == STANDARDIZE["all"] else (student, teacher)
-    student_entropy, teacher_entropy = (_entropy(_log_softmax(x / rows.entropy_temperature)) for x in raw)
+    student_entropy, teacher_entropy = (entropy(_log_softmax(x / rows.entropy_temperature)) for x in raw)
     fields = (
         divergence,
         teacher_entropy.masked_fill(no_teacher, 0),
@@ -47,8 +47,11 @@ def _logits(logits: Tensor, rows: Rows, scale: float, cap: float) -> Tensor:
     """The used columns in the arithmetic dtype. Rows left out become zeros: whatever they hold cannot spread."""
     logits = logits[..., : rows.vocab_size].to(statistics_dtype(rows.student_logits, rows.teacher_logits))
     logits = logits if rows.keep is None else torch.where(rows.keep[..., None], logits, 0.0)
-    if scale != 1:
-        logits = logits * scale
+    return capped(logits if scale == 1 else logits * scale, cap)
+
+
+def capped(logits: Tensor, cap: float) -> Tensor:
+    """cap * tanh(logits / cap); 0: no cap."""
     if cap == 0:
         return logits
     masked = logits == -torch.inf  # and stays so: -inf is no logit
@@ -71,22 +74,22 @@ def _divergence(student: Tensor, teacher: Tensor, rows: Rows, recipe: Recipe) ->
     """(sum of factors_k D at temperatures_k, lse of the teacher and of the student at the last of them)."""
     total = 0.0
     for tau, factor in zip(recipe.temperatures, recipe.factors, strict=True):
-        z, y = (_divided(x, tau if rows.temperatures is None else rows.temperatures) for x in (student, teacher))
+        z, y = (divided(x, tau if rows.temperatures is None else rows.temperatures) for x in (student, teacher))
         if rows.class_bias is not None:
             y = y + rows.class_bias
         if recipe.divergence == divergences.DECOUPLED:
             value = _decoupled(y, z, rows.labels, recipe.first, recipe.second)
         else:
             kind = divergences.of_code(recipe.divergence, recipe.first, recipe.second)
-            value = _summed(kind, _log_softmax(y), _log_softmax(z))
+            value = summed(kind, _log_softmax(y), _log_softmax(z))
         total = total + factor * value
-    teacher_lse, student_lse = _logsumexp(y), _logsumexp(z)
+    teacher_lse, student_lse = logsumexp(y), logsumexp(z)
     # Nothing hides NaN or +inf, no mass on the other side either.
     wrong = ~((teacher_lse < torch.inf) & (student_lse < torch.inf))
     return torch.where(wrong, torch.nan, total), teacher_lse, student_lse
 
 
-def _divided(logits: Tensor, temperature: float | Tensor) -> Tensor:
+def divided(logits: Tensor, temperature: float | Tensor) -> Tensor:
     if not torch.is_tensor(temperature):
         return logits / temperature
     # d/dtau of a masked column would be 0 * inf. Its logit stays in the graph, for the gradient of a student that is
@@ -101,13 +104,13 @@ def _log_softmax(logits: Tensor) -> Tensor:
     return torch.where(nothing, -torch.inf, torch.where(nothing, 0.0, logits).log_softmax(-1))
 
 
-def _logsumexp(logits: Tensor) -> Tensor:
+def logsumexp(logits: Tensor) -> Tensor:
     """-inf, without a gradient, where all logits are."""
     nothing = (logits == -torch.inf).all(-1)
     return torch.where(nothing, -torch.inf, torch.where(nothing[..., None], 0.0, logits).logsumexp(-1))
 
 
-def _summed(divergence: divergences.Divergence, log_p: Tensor, log_q: Tensor) -> Tensor:
+def summed(divergence: divergences.Divergence, log_p: Tensor, log_q: Tensor) -> Tensor:
     """Over columns in which a side has mass."""
     neither = (log_p == -torch.inf) & (log_q == -torch.inf)
     columns = divergence.columns(*(torch.where(neither, 0.0, x) for x in (log_p, log_q)))
@@ -122,19 +125,26 @@ def _decoupled(y: Tensor, z: Tensor, labels: Tensor, alpha: float, beta: float) 
     rest_y, rest_z = (x.masked_fill(is_label, -torch.inf) for x in (y, z))
     # log(p_k/(1 - p_k)), from which log p_k and log(1 - p_k) come without cancellation
     p, q = (_log_odds(x, rest, label) for x, rest in ((y, rest_y), (z, rest_z)))
+    rest = summed(divergences.ForwardKL(), _log_softmax(rest_y), _log_softmax(rest_z))
+    return torch.where(valid, decoupled(p, q, rest, alpha, beta), torch.nan)
+
+
+def decoupled(p: Tensor, q: Tensor, rest: Tensor, alpha: float, beta: float) -> Tensor:
+    """alpha TCKD + beta NCKD, from the label's log-odds on both sides and NCKD."""
     target = sum(
         torch.sigmoid(sign * p) * _where_mass(p, sign, _log_sigmoid(sign * p) - _log_sigmoid(sign * q))
         for sign in (1, -1)
     )
-    rest = _summed(divergences.ForwardKL(), _log_softmax(rest_y), _log_softmax(rest_z))
     parts = [(alpha, target), (beta, rest)]
-    total = sum((weight * part for weight, part in parts if weight != 0), torch.zeros_like(rest))
-    return torch.where(valid, total, torch.nan)
+    return sum((weight * part for weight, part in parts if weight != 0), torch.zeros_like(rest))
 
 
 def _log_odds(logits: Tensor, rest: Tensor, label: Tensor) -> Tensor:
-    """+inf where the label is all there is; -inf where it has no mass, or nothing has."""
-    at_label, others = logits.gather(-1, label)[..., 0], _logsumexp(rest)
+    return log_odds(logits.gather(-1, label)[..., 0], logsumexp(rest))
+
+
+def log_odds(at_label: Tensor, others: Tensor) -> Tensor:
+    """log(p_k/(1 - p_k)): +inf where the label is all there is; -inf where it has no mass, or nothing has."""
     return torch.where(at_label == -torch.inf, -torch.inf, at_label - torch.where(at_label == -torch.inf, 0.0, others))
 
 
@@ -146,7 +156,7 @@ def _where_mass(log_odds: Tensor, sign: int, x: Tensor) -> Tensor:
     return torch.where(log_odds == -sign * torch.inf, 0.0, x)
 
 
-def _entropy(log_p: Tensor) -> Tensor:
+def entropy(log_p: Tensor) -> Tensor:
     p = log_p.exp()
     return -(p * torch.where(p == 0, 0.0, log_p)).sum(-1)
 

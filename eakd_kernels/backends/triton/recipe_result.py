@@ -86,6 +86,8 @@ class TauResult(NamedTuple):
     student_pull: tl.tensor  # these only after a sweep of values
     teacher_pull: tl.tensor
     mean_d: tl.tensor  # E_q[d] in nats, over all columns
+    forward: tl.tensor  # of the KL family, 0 where not asked for; only without a sweep of values
+    reverse: tl.tensor
 
 
 @triton.jit
@@ -103,16 +105,19 @@ def finish_columns(one, v, recipe, f: tl.constexpr):
     if f.VALUES:
         student_pull = (v.hd - v.h * v.qd) * LN_2
         teacher_pull = (v.fb - (degree(first, second, f) * v.f - v.h) * v.pb) * LN_2
-        return TauResult(v.f + nan_stays, v.h, student_pull, teacher_pull, v.qd * LN_2)
+        zero = tl.zeros_like(one.B0)
+        return TauResult(v.f + nan_stays, v.h, student_pull, teacher_pull, v.qd * LN_2, zero, zero)
     else:
-        divergence, pull = nan_stays, tl.zeros_like(one.B0)
+        zero = tl.zeros_like(one.B0)
+        divergence, pull, forward, reverse = nan_stays, zero, zero, zero
         if f.FIRST:
-            divergence += first * kl_of_sums(one.B0, one.Bd, one.D0)
+            forward = kl_of_sums(one.B0, one.Bd, one.D0)
+            divergence += first * forward
         if f.SECOND:
-            pull = second * kl_of_sums(one.D0, one.Dd, one.B0)
+            reverse = kl_of_sums(one.D0, one.Dd, one.B0)
+            pull = second * reverse
             divergence += pull
-        zero = tl.zeros_like(divergence)
-        return TauResult(divergence, pull, zero, zero, zero)
+        return TauResult(divergence, pull, zero, zero, zero, forward, reverse)
 
 
 @triton.jit
@@ -130,9 +135,9 @@ def with_target(r, v, odds, recipe, f: tl.constexpr):
         teacher_pull = beta * r.teacher_pull
         teacher_pull += times(alpha * p * others, (odds.odds_p - odds.odds_q) * teacher_step)
         mean_d = r.mean_d + times(odds.student, student_step)
-        return TauResult(divergence, r.pull, student_pull, teacher_pull, mean_d)
+        return TauResult(divergence, r.pull, student_pull, teacher_pull, mean_d, r.forward, r.reverse)
     else:
-        return TauResult(divergence, r.pull, r.student_pull, r.teacher_pull, r.mean_d)
+        return TauResult(divergence, r.pull, r.student_pull, r.teacher_pull, r.mean_d, r.forward, r.reverse)
 
 
 class Saved(NamedTuple):
@@ -149,6 +154,7 @@ class Saved(NamedTuple):
     teacher_deviation: tl.tensor
     entropy_pull: tl.tensor
     lse_pull: tl.tensor
+    A0: tl.tensor
 
 
 class TauSaved(NamedTuple):
@@ -159,12 +165,14 @@ class TauSaved(NamedTuple):
     pull: tl.tensor
     student_pull: tl.tensor
     teacher_pull: tl.tensor
+    forward: tl.tensor
+    reverse: tl.tensor
 
 
 @triton.jit
 def saved_at(tau, i: tl.constexpr):
     one = tau[i]
-    return TauSaved(one[0], one[1], one[2], one[3], one[4])
+    return TauSaved(one[0], one[1], one[2], one[3], one[4], one[5], one[6])
 
 
 class RecipeResult(NamedTuple):
@@ -233,7 +241,7 @@ def finish_recipe(s, values, label, k, recipe, f: tl.constexpr):
             teacher_lse = log_sum_with(about_y, one.B0, odds.b, odds.odds_p)
             student_lse = log_sum_with(about_z, one.D0, odds.d, odds.odds_q)
         divergence += factor * r.divergence
-        tau += (TauSaved(one.B0, one.D0, r.pull, r.student_pull, r.teacher_pull),)
+        tau += (TauSaved(one.B0, one.D0, r.pull, r.student_pull, r.teacher_pull, r.forward, r.reverse),)
         if f.SLOPES:
             slope -= tl.div_rn(factor * (r.student_pull + r.teacher_pull), k.tau[i])
         lse_pull = tl.where(one.D0 == 0, 0.0, r.mean_d + about_z)
@@ -265,5 +273,6 @@ def finish_recipe(s, values, label, k, recipe, f: tl.constexpr):
         k.teacher.deviation,
         entropy_pull,
         lse_pull,
+        s.A0,
     )
     return RecipeResult(row, saved, tau, slope, lse_slope)

@@ -103,6 +103,7 @@ def load_saved(statistics, rows, row, kept):
         tl.load(at + 8 * rows, kept, 0.0),
         tl.load(at + 9 * rows, kept, 0.0),
         tl.load(at + 10 * rows, kept, 0.0),
+        tl.load(at + 11 * rows, kept, 0.0),
     )
 
 
@@ -115,6 +116,8 @@ def load_tau_saved(statistics, i: tl.constexpr, rows, row, kept):
         tl.load(at + 2 * rows, kept, 0.0),
         tl.load(at + 3 * rows, kept, 0.0),
         tl.load(at + 4 * rows, kept, 0.0),
+        tl.load(at + 5 * rows, kept, 0.0),
+        tl.load(at + 6 * rows, kept, 0.0),
     )
 
 

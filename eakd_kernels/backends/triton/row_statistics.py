@@ -119,7 +119,7 @@ def _merged_statistics_kernel(pairs, states, out, tile: tl.constexpr, f: tl.cons
 def store_statistics(out, rows, row, kept, s, k, label_logit, f: tl.constexpr):
     """In the order of eakd_kernels.stats: STATISTICS, SLOPES."""
     store_fields(out, 0, rows, row, kept, finish(s, k, label_logit, f))
-    store_fields(out, FIRST_SAVED, rows, row, kept, (s.My, s.Mz, s.B0, s.D0, s.E0, hard_sum(s, f)))
+    store_fields(out, FIRST_SAVED, rows, row, kept, (s.My, s.Mz, s.B0, s.D0, s.E0, hard_sum(s, f), s.A0))
     if f.SLOPES:
         store_fields(out, FIRST_SLOPE, rows, row, kept, slopes(s, k))
 
