@@ -3,7 +3,8 @@
 from . import divergences, weighting
 from .dispatch import available_backends
 from .functional import distill_stats, ea_dkd_loss, ea_kd_loss, ea_weights
-from .modules import EADKDLoss, EAKDLoss
+from .modules import EADKDLoss, EAKDLoss, TopKEAKDLoss
+from .sparse_teacher import teacher_topk, topk_ea_kd_loss
 from .stats import RowStats
 
 __version__ = "0.1.0"
@@ -12,11 +13,14 @@ __all__ = [
     "EADKDLoss",
     "EAKDLoss",
     "RowStats",
+    "TopKEAKDLoss",
     "available_backends",
     "distill_stats",
     "divergences",
     "ea_dkd_loss",
     "ea_kd_loss",
     "ea_weights",
+    "teacher_topk",
+    "topk_ea_kd_loss",
     "weighting",
 ]

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import dispatch, divergences
+from . import dispatch, divergences, env
 from .ops import STANDARDIZE, Recipe, Rows, statistics_dtype
 
 _LOGIT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -21,11 +21,13 @@ class Problem(NamedTuple):
 
 
 def validate(
-    student: Tensor, teacher: Tensor, labels: Tensor | None, options, wants_cross_entropy: bool, decoupled=None
+    student: Tensor, teacher: Tensor | None, labels: Tensor | None, options, wants_cross_entropy: bool, decoupled=None
 ) -> Problem:
-    """decoupled: (code, parameters) of a divergence that options cannot name, and that needs labels.
+    """teacher: None where it has no logits; the rows' teacher is the student itself then.
+    decoupled: (code, parameters) of a divergence that options cannot name, and that needs labels.
 
     Raises ValueError or TypeError naming the argument, what it got and what would work."""
+    alone, teacher = teacher is None, _own_teacher(student) if teacher is None else teacher
     vocab_size = _check_logits(student, teacher, options.vocab_size)
     leading = student.shape[:-1]
     _check_per_row("labels", labels, leading, student, "int64")
@@ -41,10 +43,10 @@ def validate(
     if options.ce_weight != 0 and labels is None:
         raise ValueError(f"ce_weight={options.ce_weight} needs labels, got None; pass labels or ce_weight=0")
     if options.inplace_gradient:
-        _check_inplace(student, teacher)
+        _check_inplace(student, None if alone else teacher)
     class_bias = _class_bias(options.teacher_class_weights, vocab_size, student, teacher)
-    labels, temperatures = _ordinary(labels), _ordinary(temperatures)
-    keep = _ordinary(_rows_kept(labels, options))
+    labels, temperatures = ordinary(labels), ordinary(temperatures)
+    keep = ordinary(_rows_kept(labels, options))
     wants_labels = wants_cross_entropy or decoupled is not None
     _check_values(labels if wants_labels else None, keep, temperatures, options, vocab_size)
     backend = dispatch.resolve(options.backend, student.device.type, student.dtype, teacher.dtype)
@@ -103,8 +105,12 @@ def _class_bias(weights, vocab_size, student, teacher) -> Tensor | None:
     on_cpu = weights.device.type == "cpu" and not torch.compiler.is_compiling()
     if on_cpu and not bool(((weights > 0) & weights.isfinite()).all()):
         raise ValueError("teacher_class_weights must be finite and > 0; a class without weight is one of -inf logits")
-    bias = _ordinary(weights).to(statistics_dtype(student, teacher)).log()
+    bias = ordinary(weights).to(statistics_dtype(student, teacher)).log()
     return bias - bias.amax()
+
+
+def _own_teacher(student) -> Tensor:
+    return student.detach() if torch.is_tensor(student) else student
 
 
 def _check_logits(student, teacher, vocab_size) -> int:
@@ -169,7 +175,7 @@ def _check_temperature(temperature, leading, student) -> Tensor | None:
     return temperature
 
 
-def _ordinary(tensor: Tensor | None) -> Tensor | None:
+def ordinary(tensor: Tensor | None) -> Tensor | None:
     """A tensor [rows] that autograd can save: what torch.inference_mode() made, it cannot."""
     if tensor is None or torch.compiler.is_compiling() or not tensor.is_inference():
         return tensor
@@ -184,7 +190,7 @@ def _check_inplace(student, teacher) -> None:
             "inplace_gradient=True overwrites student_logits with their gradient, which a leaf that requires grad, or "
             "a view of one, cannot allow; pass a computed tensor, or inplace_gradient=False"
         )
-    if eager and torch._C._is_alias_of(student, teacher):
+    if eager and teacher is not None and torch._C._is_alias_of(student, teacher):
         raise ValueError(
             "inplace_gradient=True needs student_logits that share no memory with teacher_logits: the gradient would "
             "overwrite the teacher; pass teacher_logits.clone(), or inplace_gradient=False"
@@ -244,3 +250,46 @@ def _check_values(labels, keep, temperatures, options, vocab_size) -> None:
     items = options.num_items
     if torch.is_tensor(items) and items.device.type == "cpu" and not items > 0:
         raise ValueError(f"num_items must be > 0, got {items.item()}")
+
+
+def check_sparse_teacher(ids, logprobs, entropy, student) -> None:
+    for name, tensor in (("teacher_ids", ids), ("teacher_logprobs", logprobs)):
+        if not torch.is_tensor(tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+        if tensor.shape[:-1] != student.shape[:-1] or tensor.dim() == 0 or tensor.shape[-1] == 0:
+            raise ValueError(
+                f"{name} must be [..., k] with student_logits' leading shape {tuple(student.shape[:-1])} and k >= 1, "
+                f"got {tuple(tensor.shape)}"
+            )
+        _check_device(name, tensor, student)
+    if ids.shape != logprobs.shape:
+        raise ValueError(
+            f"teacher_ids and teacher_logprobs must have the same shape, got {tuple(ids.shape)} and "
+            f"{tuple(logprobs.shape)}"
+        )
+    if ids.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"teacher_ids must be int64 or int32, got {ids.dtype}")
+    if not logprobs.is_floating_point():
+        raise TypeError(f"teacher_logprobs must be floating-point, got {logprobs.dtype}")
+    if logprobs.requires_grad:
+        raise ValueError(
+            "teacher_logprobs requires grad, and the teacher gets no gradient here: pass teacher_logprobs.detach()"
+        )
+    _check_per_row("teacher_entropy", entropy, student.shape[:-1], student, "floating-point")
+
+
+def check_ids(ids, given, beyond, vocab_size) -> None:
+    """Values, where looking at them costs no synchronisation and no graph break, or is asked for."""
+    if torch.compiler.is_compiling() or not (ids.device.type == "cpu" or env.check_ids()):
+        return
+    if beyond.any():
+        raise ValueError(
+            f"teacher_ids must be below {vocab_size}, the columns in use, got {ids[beyond][0].item()}; negative ones "
+            "are padding"
+        )
+    # Padding gets numbers of its own, so that it equals nothing.
+    unique = -1 - torch.arange(ids.shape[-1], device=ids.device)
+    ordered = torch.where(given, ids.to(torch.int64), unique).sort(-1).values
+    twice = ordered[..., 1:][ordered[..., 1:] == ordered[..., :-1]]
+    if len(twice) > 0:
+        raise ValueError(f"teacher_ids must not name a column twice in a row, got {twice[0].item()} twice")
