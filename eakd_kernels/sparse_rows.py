@@ -217,7 +217,7 @@ def _gradient_at_ids(job: _Backward, picked: _Picked) -> Tensor:
         log_q = x / t - fields["student_entropy_sum"].log()[..., None]
         pull = -log_q.exp() * (log_q + fields["student_entropy"][..., None]) / t
         gradient = gradient + torch.where(masked, 0.0, upstream.entropy[..., None] * pull)
-    if upstream.cross_entropy is not None:
+    if upstream.cross_entropy is not None and job.rows.labels is not None:  # torch.compile brings zeros for None
         share = torch.where(masked, 0.0, x.exp() / fields["student_hard_sum"][..., None])
         is_label = (job.ids == job.rows.labels[..., None]).to(share.dtype)
         gradient = gradient + upstream.cross_entropy[..., None] * (share - is_label)
