@@ -215,8 +215,9 @@ _define(
 _define("scale_gradient_", "Tensor(a!) gradient, Tensor factor", "()", _scale_gradient_, lambda *arguments: None)
 
 
-# What rest_statistics copies at a time: some of it stays in caches, and a GPU has enough rows to be busy.
-_BLOCK_BYTES = 32 << 20
+# What rest_statistics copies at a time: on a CPU it stays in the caches; a GPU's work should outlast its launches.
+_BLOCK_BYTES = {"cpu": 4 << 20}
+_BLOCK_BYTES_ELSEWHERE = 64 << 20
 
 
 def _flat_views(logits: Tensor) -> list[Tensor]:
@@ -237,7 +238,8 @@ def _rest_statistics(*arguments):
     per_row = temperatures is not None and temperatures.dim() > 0
     temperatures = temperatures.flatten() if per_row else temperatures
     width = (vocab_size // 64 + 1) * 64  # aligned rows, with a column beyond the vocabulary
-    size = max(1, _BLOCK_BYTES // (width * rows.student_logits.element_size()))
+    block_bytes = _BLOCK_BYTES.get(rows.student_logits.device.type, _BLOCK_BYTES_ELSEWHERE)
+    size = max(1, block_bytes // (width * rows.student_logits.element_size()))
     blocks = [block for view in _flat_views(rows.student_logits) for block in view.split(size) if len(block)]
     buffer = rows.student_logits.new_empty(max(map(len, blocks), default=0), width)
     start = 0

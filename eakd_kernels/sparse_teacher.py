@@ -15,6 +15,8 @@ from .stats import RowStats, named, normaliser
 from .validation import Problem, check_ids, check_sparse_teacher, ordinary, validate
 
 TAILS = ("bucket", "renormalize", "zero")
+# A rest of this mass or less may be rounding, where the student has no columns left for it.
+_ROUNDING = 2.0**-20
 # What a dense teacher has and a sparse one has not: the value that leaves it alone, and why no other will do.
 _DENSE_ONLY = {
     "standardize": (False, "the mean and the deviation of the teacher's logits need all of them"),
@@ -57,8 +59,8 @@ def topk_ea_kd_loss(
         student_logits: [..., V], fp64, fp32, bf16 or fp16.
         teacher_ids: [..., k] int64 or int32, in 0..V-1, none twice in a row; a negative one is padding.
         teacher_logprobs: [..., k] floating point, without grad: log-probabilities in nats, over the whole vocabulary,
-            of softmax(teacher / teacher_temperature). -inf is padding. The rest's mass is 1 - s, at least 1e-8 (of
-            fp64: 1e-16) unless the ids are the whole vocabulary: an exponent a < 1 magnifies what 1 - s is off by.
+            of softmax(teacher / teacher_temperature). -inf is padding. The rest's mass is 1 - s, at
+            least 1.5e-8 (2.8e-17 of fp64) unless the ids are the whole vocabulary: a < 1 magnifies what it is off by.
         labels: [...] int64, as for `ea_kd_loss`.
         teacher_entropy: [...] floating point, H_T in nats at entropy_temperature, as `teacher_topk` gives it. None: of
             the tail's outcomes, with teacher_temperature / entropy_temperature for a. That is too small, by the entropy
@@ -82,7 +84,7 @@ def topk_ea_kd_loss(
         teacher_entropy=teacher_entropy, tail=tail, teacher_temperature=teacher_temperature, **options
     )
     problem = _validate(student_logits, labels, options)
-    teacher = _teacher_rows(teacher_ids, teacher_logprobs, teacher_entropy, problem, model)
+    teacher = _teacher_rows(teacher_ids, teacher_logprobs, teacher_entropy, problem)
     fields = _fields(problem, teacher, model, options)
     stats = finish(fields, problem, options)
     loss = reduce(stats.loss, problem, options)
@@ -142,7 +144,7 @@ class _TeacherRows(NamedTuple):
     entropy: Tensor | None  # if given
 
 
-def _teacher_rows(ids, logprobs, entropy, problem: Problem, model: _Model) -> _TeacherRows:
+def _teacher_rows(ids, logprobs, entropy, problem: Problem) -> _TeacherRows:
     rows = problem.rows
     student, vocab_size = rows.student_logits, rows.vocab_size
     check_sparse_teacher(ids, logprobs, entropy, student)
@@ -184,10 +186,6 @@ def _fields(problem: Problem, teacher: _TeacherRows, model: _Model, options) -> 
     if rows.keep is not None:
         divergence, entropy = (torch.where(rows.keep, field, 0.0) for field in (divergence, entropy))
     return divergence, entropy, student.entropy, None, student.lse, student.cross_entropy
-
-
-# A rest of this mass or less may be rounding, where the student has no columns left for it.
-_ROUNDING = 2.0**-20
 
 
 def _log_p(teacher: _TeacherRows, model: _Model, exponent: float | Tensor, empty: Tensor) -> Tensor:

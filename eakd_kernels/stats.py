@@ -15,7 +15,7 @@ class RowStats(NamedTuple):
     divergence: the bare divergence, without tau^2 and weight; sum of tau_k^2 D_k for a tuple of temperatures.
     teacher_entropy, student_entropy: at the entropy temperature.
     teacher_lse, student_lse: logsumexp(logits / temperature) of the logits that the divergence sees: standardised, if
-        they are, and with the log of the class weights added; None for a tuple of temperatures.
+        they are, and with the log of the class weights added; None for a tuple of temperatures, and a sparse teacher's.
     cross_entropy: hard-label, at temperature 1; None without labels.
     """
 
