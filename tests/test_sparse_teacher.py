@@ -138,6 +138,7 @@ def test_the_bucket_is_never_more_than_the_whole(divergence, fp64_backend):
 
 @models
 def test_gradcheck(tail, divergence, fp64_backend):
+    """With a gradient into every statistic: capped logits, padding, a row left out, live weights, temperatures."""
     student, _, ids, logprobs, _ = sparse_problem(rows=3, vocab_size=8, k=3)
     labels = torch.tensor([1, -100, int(ids[2, 0])])
     ids[0, 2] = -1
@@ -153,6 +154,7 @@ def test_gradcheck(tail, divergence, fp64_backend):
             divergence=divergence,
             temperature=tau,
             ce_weight=0.3,
+            weighting=lambda s: 1 + s.student_entropy + 0.1 * s.student_lse**2 + s.cross_entropy,
             detach_weights=False,
             student_softcap=5.0,
             student_logit_scale=1.3,
@@ -444,6 +446,18 @@ def test_weights_and_reductions(backend):
     torch.testing.assert_close(bound, rows.mean() / math.log(70))
     _, stats = topk_ea_kd_loss(student, ids, logprobs, weight_norm="mean", return_stats=True, **options)
     torch.testing.assert_close(stats.weight.mean(), torch.ones((), dtype=stats.weight.dtype))
+
+
+def test_a_loss_scale_comes_before_the_rounding(backend):
+    """fp16, where the dense part overflows at the ids before they are written over."""
+    student, _, ids, logprobs, _ = sparse_problem(dtype=torch.float32)
+    ahead = student.detach() + torch.zeros(6, 70).scatter(-1, ids, 12.0)
+    half, wide = leaf(ahead, torch.float16), leaf(ahead.half(), torch.float32)
+    scale = 2.0**12
+    (got,) = torch.autograd.grad(scale * topk_ea_kd_loss(half, ids, logprobs, backend=backend), half)
+    (want,) = torch.autograd.grad(scale * topk_ea_kd_loss(wide, ids, logprobs, backend="reference"), wide)
+    assert got.isfinite().all()
+    torch.testing.assert_close(got.float(), want, rtol=2e-3, atol=1e-4 * scale * 1e-3)
 
 
 def test_retain_graph_and_double_backward(backend):
