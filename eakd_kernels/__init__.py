@@ -4,7 +4,8 @@ from . import divergences, weighting
 from .dispatch import available_backends
 from .functional import distill_stats, ea_dkd_loss, ea_kd_loss, ea_weights
 from .linear import fused_linear_ea_kd_loss
-from .modules import EADKDLoss, EAKDLoss, FusedLinearEAKDLoss
+from .modules import EADKDLoss, EAKDLoss, FusedLinearEAKDLoss, TopKEAKDLoss
+from .sparse_teacher import teacher_topk, topk_ea_kd_loss
 from .stats import RowStats
 
 __version__ = "0.1.0"
@@ -14,6 +15,7 @@ __all__ = [
     "EAKDLoss",
     "FusedLinearEAKDLoss",
     "RowStats",
+    "TopKEAKDLoss",
     "available_backends",
     "distill_stats",
     "divergences",
@@ -21,5 +23,7 @@ __all__ = [
     "ea_kd_loss",
     "ea_weights",
     "fused_linear_ea_kd_loss",
+    "teacher_topk",
+    "topk_ea_kd_loss",
     "weighting",
 ]

@@ -22,6 +22,7 @@ VARIABLES = (
         "import",
         'what `make emulator` made, tests/emulator/libeakd_cuda_emulator.so: backend="cuda" takes CPU tensors',
     ),
+    Variable("EAKD_CHECK_IDS", "run time", "1: teacher_ids on a GPU are checked too, for which the CPU waits"),
     Variable("EAKD_NO_EXT", "install", "1: pure Python, no compiler needed; the loss runs through reference or triton"),
     Variable("EAKD_NO_CUDA", "install", "1: no CUDA kernels, where PyTorch has CUDA"),
     Variable("EAKD_DEBUG", "install", "1: compile without optimisation, with debug information"),
@@ -40,6 +41,10 @@ def cuda_plan() -> str:
 
 def cuda_emulator() -> str | None:
     return os.environ.get("EAKD_CUDA_EMULATOR") or None
+
+
+def check_ids() -> bool:
+    return os.environ.get("EAKD_CHECK_IDS", "") not in ("", "0")
 
 
 def given() -> dict[str, str]:

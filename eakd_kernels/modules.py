@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from .functional import check_ea_dkd_options, check_ea_kd_options, ea_dkd_loss, ea_kd_loss
 from .linear import check_fused_linear_options, fused_linear_ea_kd_loss
 from .options import check_keywords, keyword_names, takes_options
+from .sparse_teacher import check_topk_options, topk_ea_kd_loss
 from .stats import RowStats
 
 
@@ -107,3 +108,27 @@ class FusedLinearEAKDLoss(_Loss):
         **options,
     ) -> Tensor | tuple[Tensor, RowStats]:
         return self._loss(student_hidden, student_weight, teacher_hidden, teacher_weight, labels, **options)
+
+
+class TopKEAKDLoss(_Loss):
+    """`topk_ea_kd_loss` with its options kept: `TopKEAKDLoss(tail="bucket")(student_logits, ids, logprobs, labels)`.
+
+    Takes tail, teacher_temperature and the other options of `topk_ea_kd_loss`, as `EAKDLoss` takes those of
+    `ea_kd_loss`; teacher_entropy belongs to a call.
+    """
+
+    function, check = staticmethod(topk_ea_kd_loss), staticmethod(check_topk_options)
+
+    @takes_options(topk_ea_kd_loss)
+    def __init__(self, **options):
+        super().__init__(**options)
+
+    def forward(
+        self,
+        student_logits: Tensor,
+        teacher_ids: Tensor,
+        teacher_logprobs: Tensor,
+        labels: Tensor | None = None,
+        **options,
+    ) -> Tensor | tuple[Tensor, RowStats]:
+        return self._loss(student_logits, teacher_ids, teacher_logprobs, labels, **options)

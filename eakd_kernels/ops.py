@@ -4,6 +4,7 @@
     row_gradient     [..., V] x 2 and [...] per field -> [..., V]   two reads, one write
     one_pass         both, with the weight in between        two reads, one write in all
     scale_gradient   a finished gradient times a scalar that lives on its device
+    rest_statistics  the student's normaliser over the columns that a row does not name; two reads, a copy in blocks
 
 A trailing underscore writes the gradient over the student's logits. None of them is differentiable by itself:
 eakd_kernels.autograd wraps them.
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .dispatch import backend_module
-from .stats import LOSS_STATISTICS, statistics_count
+from .stats import LOSS_STATISTICS, normaliser, statistics_count
 
 
 class Rows(NamedTuple):
@@ -213,10 +214,68 @@ _define(
 )
 _define("scale_gradient_", "Tensor(a!) gradient, Tensor factor", "()", _scale_gradient_, lambda *arguments: None)
 
+
+# What rest_statistics copies at a time: on a CPU it stays in the caches; a GPU's work should outlast its launches.
+_BLOCK_BYTES = {"cpu": 4 << 20}
+_BLOCK_BYTES_ELSEWHERE = 64 << 20
+
+
+def _flat_views(logits: Tensor) -> list[Tensor]:
+    """Views [N, V] that make up [..., V] in order, one unless the leading dimensions lie apart."""
+    try:
+        return [logits.view(-1, logits.shape[-1])]
+    except RuntimeError:
+        return [view for part in logits.unbind(0) for view in _flat_views(part)]
+
+
+def _rest_statistics(*arguments):
+    rows, (ids, temperature_slopes, backend) = Rows(*arguments[:_NUM_ROWS]), arguments[_NUM_ROWS:]
+    out = _new_statistics(rows, 3 if temperature_slopes else 2)
+    ids, vocab_size = ids.reshape(-1, ids.shape[-1]), rows.vocab_size
+    flat = out.view(len(out), len(ids))
+    keep = None if rows.keep is None else rows.keep.flatten()
+    temperatures = rows.temperatures
+    per_row = temperatures is not None and temperatures.dim() > 0
+    temperatures = temperatures.flatten() if per_row else temperatures
+    width = (vocab_size // 64 + 1) * 64  # aligned rows, with a column beyond the vocabulary
+    block_bytes = _BLOCK_BYTES.get(rows.student_logits.device.type, _BLOCK_BYTES_ELSEWHERE)
+    size = max(1, block_bytes // (width * rows.student_logits.element_size()))
+    blocks = [block for view in _flat_views(rows.student_logits) for block in view.split(size) if len(block)]
+    buffer = rows.student_logits.new_empty(max(map(len, blocks), default=0), width)
+    start = 0
+    for block in blocks:
+        part = slice(start, start + len(block))
+        logits = buffer[: len(block)]
+        logits[:, :vocab_size].copy_(block[:, :vocab_size])
+        logits.scatter_(-1, ids[part], -torch.inf)
+        block_rows = rows._replace(
+            student_logits=logits,
+            teacher_logits=logits,
+            labels=None,
+            keep=None if keep is None else keep[part],
+            temperatures=temperatures[part] if per_row else temperatures,
+        )
+        statistics = backend_module(backend).row_statistics(block_rows, temperature_slopes)
+        flat[:2, part] = torch.stack(normaliser(statistics, bool(rows.recipe)))
+        if temperature_slopes:
+            flat[2, part] = statistics[-1]
+        start += len(block)
+    return out
+
+
+_define(
+    "rest_statistics",
+    f"{_ROWS}, Tensor ids, bool temperature_slopes",
+    "Tensor",
+    _rest_statistics,
+    lambda *arguments: _new_statistics(Rows(*arguments[:_NUM_ROWS]), 3 if arguments[-2] else 2),
+)
+
 row_statistics = torch.ops.eakd.row_statistics.default
 row_gradient = torch.ops.eakd.row_gradient.default
 row_gradient_ = torch.ops.eakd.row_gradient_.default
 one_pass = torch.ops.eakd.one_pass.default
 one_pass_ = torch.ops.eakd.one_pass_.default
+rest_statistics = torch.ops.eakd.rest_statistics.default
 scale_gradient = torch.ops.eakd.scale_gradient.default
 scale_gradient_ = torch.ops.eakd.scale_gradient_.default

@@ -15,7 +15,7 @@ class RowStats(NamedTuple):
     divergence: the bare divergence, without tau^2 and weight; sum of tau_k^2 D_k for a tuple of temperatures.
     teacher_entropy, student_entropy: at the entropy temperature.
     teacher_lse, student_lse: logsumexp(logits / temperature) of the logits that the divergence sees: standardised, if
-        they are, and with the log of the class weights added; None for a tuple of temperatures.
+        they are, and with the log of the class weights added; None for a tuple of temperatures, and a sparse teacher's.
     cross_entropy: hard-label, at temperature 1; None without labels.
     """
 
@@ -86,3 +86,19 @@ def statistics_count(num_temperatures: int | None, slopes: bool) -> int:
     else:
         fields = len(RECIPE_STATISTICS) + num_temperatures * len(TEMPERATURE_STATISTICS)
     return fields + (len(SLOPES) if slopes else 0)
+
+
+def named(statistics: torch.Tensor, recipe: bool) -> dict[str, torch.Tensor]:
+    """The statistics by name, without slopes; of the first temperature, where a recipe has several."""
+    names = (*RECIPE_STATISTICS, *TEMPERATURE_STATISTICS) if recipe else STATISTICS
+    return dict(zip(names, statistics.unbind(0), strict=False))
+
+
+def normaliser(statistics: torch.Tensor, recipe: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """(M, sum exp((x - M)/tau)) of the student's logits x; -inf and 0 where there are none."""
+    fields = named(statistics, recipe)
+    return (
+        (fields["rest_student_max"], fields["rest_student_sum"])
+        if recipe
+        else (fields["student_max"], fields["student_sum"])
+    )

@@ -26,20 +26,22 @@ class Problem(NamedTuple):
 
 
 def validate(
-    student: Tensor, teacher: Tensor, labels: Tensor | None, options, wants_cross_entropy: bool, decoupled=None
+    student: Tensor, teacher: Tensor | None, labels: Tensor | None, options, wants_cross_entropy: bool, decoupled=None
 ) -> Problem:
-    """decoupled: (code, parameters) of a divergence that options cannot name, and that needs labels.
+    """teacher: None where it has no logits; the rows' teacher is the student itself then.
+    decoupled: (code, parameters) of a divergence that options cannot name, and that needs labels.
 
     Raises ValueError or TypeError naming the argument, what it got and what would work."""
     if options.inplace_gradient:
         _check_no_leaf(student)
+    alone, teacher = teacher is None, _own_teacher(student) if teacher is None else teacher
     student, teacher, shards = _local(student, teacher, options)
     vocab_size = shards.vocab_size if shards is not None else _columns_used(student, teacher, options.vocab_size)
     leading = student.shape[:-1]
-    _check_per_row("labels", labels, leading, student, "int64")
-    _check_per_row("mask", options.mask, leading, student, "bool")
+    check_per_row("labels", labels, leading, student, "int64")
+    check_per_row("mask", options.mask, leading, student, "bool")
     if torch.is_tensor(options.weighting):
-        _check_per_row("weighting", options.weighting, leading, student, "floating-point")
+        check_per_row("weighting", options.weighting, leading, student, "floating-point")
     if torch.is_tensor(options.num_items) and options.num_items.is_complex():
         raise TypeError(f"num_items must be a real number, got {options.num_items.dtype}")
     temperatures = _check_temperature(options.temperature, leading, student)
@@ -49,12 +51,12 @@ def validate(
     if options.ce_weight != 0 and labels is None:
         raise ValueError(f"ce_weight={options.ce_weight} needs labels, got None; pass labels or ce_weight=0")
     if options.inplace_gradient:
-        _check_inplace(student, teacher)
+        _check_inplace(student, None if alone else teacher)
     class_bias = _class_bias(options.teacher_class_weights, vocab_size, student, teacher)
     if class_bias is not None and shards is not None:
         class_bias = class_bias[shards.columns]
-    labels, temperatures = _ordinary(labels), _ordinary(temperatures)
-    keep = _ordinary(_rows_kept(labels, options))
+    labels, temperatures = ordinary(labels), ordinary(temperatures)
+    keep = ordinary(_rows_kept(labels, options))
     wants_labels = wants_cross_entropy or decoupled is not None
     _check_values(labels, keep, temperatures, options, vocab_size)
     backend = dispatch.resolve(options.backend, student.device.type, student.dtype, teacher.dtype)
@@ -130,7 +132,7 @@ def _class_bias(weights, vocab_size, student, teacher) -> Tensor | None:
         raise ValueError(f"teacher_class_weights must have shape ({vocab_size},), got {tuple(weights.shape)}")
     if weights.requires_grad:
         raise ValueError("teacher_class_weights requires grad, and gets no gradient here: pass its .detach()")
-    _check_device("teacher_class_weights", weights, student)
+    check_device("teacher_class_weights", weights, student)
     if weights.device.type == "cpu" and not torch.compiler.is_compiling():
         smallest, largest = weights.aminmax()
         # Exponents are about the largest logit without its weight, and the sums of a row must not vanish with it.
@@ -139,8 +141,12 @@ def _class_bias(weights, vocab_size, student, teacher) -> Tensor | None:
                 "teacher_class_weights must be finite, > 0 and within a factor of 1e30 of each other, got "
                 f"{smallest.item():g} to {largest.item():g}; for a class that does not count, set its logits to -inf"
             )
-    bias = _ordinary(weights).to(statistics_dtype(student, teacher)).log()
+    bias = ordinary(weights).to(statistics_dtype(student, teacher)).log()
     return bias - bias.amax()
+
+
+def _own_teacher(student) -> Tensor:
+    return student.detach() if torch.is_tensor(student) else student
 
 
 def _check_logits(student, teacher, least_columns=1) -> None:
@@ -161,7 +167,7 @@ def _check_logits(student, teacher, least_columns=1) -> None:
             "student_logits and teacher_logits must have the same leading shape, got "
             f"{tuple(student.shape)} and {tuple(teacher.shape)}"
         )
-    _check_device("teacher_logits", teacher, student)
+    check_device("teacher_logits", teacher, student)
 
 
 def _columns_used(student, teacher, vocab_size) -> int:
@@ -178,12 +184,12 @@ def _columns_used(student, teacher, vocab_size) -> int:
     return vocab_size
 
 
-def _check_device(name, tensor, student) -> None:
+def check_device(name, tensor, student) -> None:
     if tensor.device != student.device:
         raise ValueError(f"{name} must be on student_logits' device {student.device}, got {tensor.device}")
 
 
-def _check_per_row(name, tensor, leading, student, kind) -> None:
+def check_per_row(name, tensor, leading, student, kind) -> None:
     if tensor is None:
         return
     if not torch.is_tensor(tensor):
@@ -194,7 +200,7 @@ def _check_per_row(name, tensor, leading, student, kind) -> None:
         raise TypeError(f"{name} must be {kind}, got {tensor.dtype}; {name}{cast} makes it so")
     if tensor.shape != leading:
         raise ValueError(f"{name} must have the logits' leading shape {tuple(leading)}, got {tuple(tensor.shape)}")
-    _check_device(name, tensor, student)
+    check_device(name, tensor, student)
 
 
 def _check_temperature(temperature, leading, student) -> Tensor | None:
@@ -206,11 +212,11 @@ def _check_temperature(temperature, leading, student) -> Tensor | None:
             f"got shape {tuple(temperature.shape)}"
             + ("; .squeeze() makes it 0-d" if temperature.numel() == 1 else "; a tuple of floats sums over them")
         )
-    _check_device("temperature", temperature, student)
+    check_device("temperature", temperature, student)
     return temperature
 
 
-def _ordinary(tensor: Tensor | None) -> Tensor | None:
+def ordinary(tensor: Tensor | None) -> Tensor | None:
     """A tensor [rows] that autograd can save: what torch.inference_mode() made, it cannot."""
     if tensor is None or torch.compiler.is_compiling() or not tensor.is_inference():
         return tensor
@@ -230,7 +236,7 @@ def _check_no_leaf(student) -> None:
 
 
 def _check_inplace(student, teacher) -> None:
-    if not torch.compiler.is_compiling() and torch._C._is_alias_of(student, teacher):
+    if teacher is not None and not torch.compiler.is_compiling() and torch._C._is_alias_of(student, teacher):
         raise ValueError(
             "inplace_gradient=True needs student_logits that share no memory with teacher_logits: the gradient would "
             "overwrite the teacher; pass teacher_logits.clone(), or inplace_gradient=False"

@@ -16,6 +16,8 @@ from eakd_kernels import (
     ea_dkd_loss,
     ea_kd_loss,
     ea_weights,
+    teacher_topk,
+    topk_ea_kd_loss,
     weighting,
 )
 
@@ -59,8 +61,10 @@ def as_auto(backend, monkeypatch):
 @pytest.fixture
 def symbols():
     """What the table's calls are about."""
+    teacher = torch.randn(8, 100)
+    ids, logprobs, *_ = teacher_topk(teacher, 16)
     return {
-        **{"z": torch.randn(8, 100, requires_grad=True), "y": torch.randn(8, 100), "V": 100},
+        **{"z": torch.randn(8, 100, requires_grad=True), "y": teacher, "V": 100, "ids": ids, "logprobs": logprobs},
         "k": torch.tensor([3, 1, -100, 4, 1, 5, -100, 9]),
         "sampled": torch.arange(8) % 3 != 0,
         "class_weights": torch.rand(100) + 0.1,
@@ -68,7 +72,7 @@ def symbols():
         "tau": torch.linspace(1.0, 4.0, 8),
         "epoch": 5,
         **{"d": divergences, "weighting": weighting, "math": math},
-        **{f.__name__: f for f in (ea_kd_loss, ea_dkd_loss, ea_weights, distill_stats)},
+        **{f.__name__: f for f in (ea_kd_loss, ea_dkd_loss, topk_ea_kd_loss, ea_weights, distill_stats)},
     }
 
 

@@ -42,6 +42,7 @@ def test_opcheck(dtype, tensors, kernels):
     upstream = torch.rand(2, 3, dtype=statistics.dtype)
     check = torch.library.opcheck
     check(ops.row_statistics, (*rows, slopes, kernels))
+    check(ops.rest_statistics, (*rows, torch.tensor([3, 0, rows.vocab_size]).expand(2, 3, 3), slopes, kernels))
     check(ops.row_gradient, (*rows, statistics, upstream, None, upstream, None, kernels))
     check(ops.row_gradient_, (rows[0].clone(), *rows[1:], statistics, upstream, upstream, None, None, kernels))
     for rule in map(rule_on_device, RULES):

@@ -7,7 +7,17 @@ import pickle
 import pytest
 
 import eakd_kernels
-from eakd_kernels import EADKDLoss, EAKDLoss, distill_stats, ea_dkd_loss, ea_kd_loss, ea_weights
+from eakd_kernels import (
+    EADKDLoss,
+    EAKDLoss,
+    TopKEAKDLoss,
+    distill_stats,
+    ea_dkd_loss,
+    ea_kd_loss,
+    ea_weights,
+    teacher_topk,
+    topk_ea_kd_loss,
+)
 from eakd_kernels.functional import Options
 from eakd_kernels.options import keyword_names
 
@@ -30,6 +40,7 @@ def test_public_names():
     assert set(eakd_kernels.__all__) >= {
         *("ea_kd_loss", "distill_stats", "ea_weights", "EAKDLoss", "divergences", "weighting", "RowStats"),
         *("ea_dkd_loss", "EADKDLoss", "available_backends"),
+        *("topk_ea_kd_loss", "teacher_topk", "TopKEAKDLoss"),
     }
     assert keywords(ea_kd_loss) == {
         **{"temperature": 1.0, "entropy_temperature": 3.0, "weighting": "ea", "entropy_bound": None},
@@ -43,9 +54,15 @@ def test_public_names():
     decoupled = {"alpha": 1.0, "beta": 8.0, **keywords(ea_kd_loss), "temperature": 4.0}
     del decoupled["divergence"]
     assert keywords(ea_dkd_loss) == decoupled
+    sparse = {"teacher_entropy": None, "tail": "bucket", "teacher_temperature": 1.0}
+    assert keywords(topk_ea_kd_loss) == keywords(TopKEAKDLoss) == sparse | keywords(ea_kd_loss)
+    assert keywords(teacher_topk) == {"temperature": 1.0, "entropy_temperature": 3.0, "process_group": None}
 
 
-@pytest.mark.parametrize("function", [ea_kd_loss, ea_dkd_loss, distill_stats, ea_weights, EAKDLoss, EADKDLoss])
+DOCUMENTED = [ea_kd_loss, ea_dkd_loss, distill_stats, ea_weights, topk_ea_kd_loss, teacher_topk]
+
+
+@pytest.mark.parametrize("function", [*DOCUMENTED, EAKDLoss, EADKDLoss, TopKEAKDLoss])
 def test_docstrings_are_there(function):
     assert len(inspect.getdoc(function)) > 200
 

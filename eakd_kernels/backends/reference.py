@@ -43,6 +43,22 @@ def statistics(rows: Rows) -> tuple[Tensor, ...]:
     return fields if rows.keep is None else tuple(torch.where(rows.keep, field, 0.0) for field in fields)
 
 
+def sparse_statistics(rows: Rows, columns, wants_rest: bool) -> tuple[Tensor | None, ...]:
+    """sparse_rows.StudentRow as a tuple, with PyTorch's own graph. columns: sparse_rows.Columns."""
+    recipe = Recipe.of(rows.recipe) or Recipe(temperatures=(rows.temperature,))
+    _, _, entropy, _, lse, cross_entropy = statistics(rows)
+    student = _logits(rows.student_logits, rows, recipe.student_scale, recipe.student_cap)
+    z = divided(student, rows.temperature if rows.temperatures is None else rows.temperatures)
+    log_q = torch.where(columns.member, _log_softmax(z).gather(-1, columns.ids), -torch.inf)
+    if not wants_rest:
+        return entropy, lse, cross_entropy, log_q, None
+    is_named = torch.zeros(*z.shape[:-1], z.shape[-1] + 1, dtype=torch.bool, device=z.device)
+    is_named = is_named.scatter(-1, columns.masked, True)[..., :-1]
+    whole = logsumexp(z)
+    log_rest = logsumexp(z.masked_fill(is_named, -torch.inf)) - torch.where(whole == -torch.inf, 0.0, whole)
+    return entropy, lse, cross_entropy, log_q, log_rest if rows.keep is None else torch.where(rows.keep, log_rest, 0.0)
+
+
 def _logits(logits: Tensor, rows: Rows, scale: float, cap: float) -> Tensor:
     """The used columns in the arithmetic dtype. Rows left out become zeros: whatever they hold cannot spread."""
     logits = logits[..., : rows.vocab_size].to(statistics_dtype(rows.student_logits, rows.teacher_logits))

@@ -13,7 +13,6 @@ import tokenizers
 import torch
 import transformers
 
-import eakd_kernels
 from eakd_kernels.cache import TeacherCacheReader, command, tokenizer_hash
 
 WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
@@ -205,24 +204,3 @@ def test_the_manual_runs(run, corpus, teacher, tmp_path, monkeypatch):
     for block in blocks:
         exec(compile(block, "docs/cache.md", "exec"), names)
     assert names["loss"].isfinite()
-
-
-# Until eakd_kernels has them.
-
-
-@pytest.fixture(autouse=True)
-def _stand_ins(monkeypatch):
-    def teacher_topk(logits, k, *, temperature=1.0, entropy_temperature=3.0, process_group=None):
-        log_p = (logits.float() / temperature).log_softmax(-1)
-        logprobs, ids = log_p.topk(k)
-        entropy = torch.distributions.Categorical(logits=logits.float() / entropy_temperature).entropy()
-        return ids, logprobs, entropy, (logits.float() / temperature).logsumexp(-1)
-
-    def topk_ea_kd_loss(logits, ids, logprobs, labels=None, *, teacher_entropy=None, tail="bucket", **options):
-        keep = labels != -100
-        log_q = (logits / options["temperature"]).log_softmax(-1).gather(-1, ids)
-        return ((logprobs.exp() * (logprobs - log_q)).sum(-1) * teacher_entropy)[keep].mean()
-
-    for name, function in {"teacher_topk": teacher_topk, "topk_ea_kd_loss": topk_ea_kd_loss}.items():
-        if not hasattr(eakd_kernels, name):
-            monkeypatch.setattr(eakd_kernels, name, function, raising=False)
