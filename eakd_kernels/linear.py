@@ -15,14 +15,16 @@ from torch.autograd import Function
 
 from . import row_losses
 from .autograd import once, scaled
-from .functional import Options, ea_kd_loss, loss_of_logits, row_fields
+from .functional import Options, ea_kd_loss
+from .linear_teachers import Teacher, teacher_of
 from .options import takes_options
-from .projection import Head, HeadGradient, Teacher, check_heads, chunk_size
+from .projection import Head, HeadGradient, chunk_size
+from .sparse_teacher import TopK, check_topk_options
 from .stats import PUBLIC_FIELDS, RowStats
-from .validation import Problem, validate
+from .validation import Problem
 
 
-@takes_options(ea_kd_loss, without=("inplace_gradient", "process_group"))
+@takes_options(ea_kd_loss, without=("inplace_gradient",))
 def fused_linear_ea_kd_loss(
     student_hidden: Tensor,
     student_weight: Tensor,
@@ -31,11 +33,14 @@ def fused_linear_ea_kd_loss(
     labels: Tensor | None = None,
     *,
     teacher_logits: Tensor | None = None,
+    teacher_topk: tuple[Tensor, ...] | None = None,
     student_bias: Tensor | None = None,
     teacher_bias: Tensor | None = None,
     chunk_rows: int | None = None,
     recompute: bool = False,
     accumulate_in_fp32: bool = True,
+    tail: str = "bucket",
+    teacher_temperature: float = 1.0,
     **options,
 ) -> Tensor | tuple[Tensor, RowStats]:
     """`ea_kd_loss` of logits = hidden @ weight.T + bias, of which only `chunk_rows` rows exist at a time.
@@ -46,13 +51,18 @@ def fused_linear_ea_kd_loss(
         teacher_hidden, teacher_weight: [..., H_T] and [V, H_T], without grad; H_T need not be H.
         labels: [...], as for `ea_kd_loss`.
         teacher_logits: [..., V], in the place of teacher_hidden and teacher_weight.
+        teacher_topk: (ids [..., k], logprobs [..., k]) or (ids, logprobs, entropy [...]), or what `teacher_topk`
+            returns, in their place; with `tail` and `teacher_temperature` as for `topk_ea_kd_loss`.
         student_bias, teacher_bias: [V].
         chunk_rows: rows whose logits are held at a time, in fp32. None: what 48 MB hold on a CPU, and on a GPU a
             quarter of the free memory, at most 2 GB.
         recompute: make the logits again in backward, instead of keeping finished gradients of hidden states and weight
             until then. Always so for fp16, whose loss scale would come too late, and where one pass cannot run.
         accumulate_in_fp32: sum the weight's gradient over chunks in fp32. False: in the weight's dtype.
-        options: those of `ea_kd_loss`, on the logits.
+        options: those of `ea_kd_loss`, on the logits. With process_group, student_weight, teacher_weight (or
+            teacher_logits) and the biases are this rank's part of the vocabulary, and hidden states are whole on every
+            rank; it takes the KL family without standardize, and always recomputes. The gradient of student_hidden is
+            then this rank's summand, as a column-parallel layer's: sum it over the group.
 
     Logits are fp32 (fp64 if a tensor is fp64): 16-bit hidden states and weights are multiplied into fp32, and nothing
     is rounded before the softmax. Rows left out are not projected; on a GPU counting the others waits for it. autocast
@@ -65,35 +75,52 @@ def fused_linear_ea_kd_loss(
         TypeError, ValueError: an argument is not as above; the message says what would work.
         RuntimeError: a backend asked for by name cannot run; differentiating twice.
     """
-    options = check_fused_linear_options(
-        chunk_rows=chunk_rows, recompute=recompute, accumulate_in_fp32=accumulate_in_fp32, **options
+    model, options = check_fused_linear_options(
+        chunk_rows=chunk_rows,
+        recompute=recompute,
+        accumulate_in_fp32=accumulate_in_fp32,
+        teacher_topk=teacher_topk,
+        tail=tail,
+        teacher_temperature=teacher_temperature,
+        **options,
     )
     student = Head(student_hidden, student_weight, student_bias)
-    teacher = Teacher(Head(teacher_hidden, teacher_weight, teacher_bias), teacher_logits)
-    check_heads(student, teacher)
+    teacher = teacher_of(student, teacher_hidden, teacher_weight, teacher_bias, teacher_logits, teacher_topk, model)
     call = _Call.of(student, teacher, labels, options, chunk_rows, accumulate_in_fp32)
     with torch.autocast(student_hidden.device.type, enabled=False):
         if not recompute and call.runs_in_one_pass():
             loss, *fields = _OnePass.apply(call, *call.student)
             row_loss, weight, *public = (field.view(call.leading) for field in fields)
-            stats = row_losses.row_stats(call.problem, row_loss, weight, public)
+            stats = row_losses.row_stats(call.problem, row_loss, weight, call.known(public))
         else:
-            public = _Statistics.apply(call, call.problem.rows.temperatures, *call.student)
-            fields = tuple(field.view(call.leading) for field in public)
-            stats = row_losses.finish(fields, call.problem, options)
+            function = _Statistics if call.problem.shards is None else sharded_statistics(call)
+            fields = function.apply(call, call.problem.rows.temperatures, *call.student)
+            public = [field.view(call.leading) for field in fields]
+            stats = row_losses.finish(call.known(public), call.problem, options)
             loss = row_losses.reduce(stats.loss, call.problem, options)
             stats = stats.detach()
     return (loss, stats) if options.return_stats else loss
 
 
-def check_fused_linear_options(*, chunk_rows=None, recompute=False, accumulate_in_fp32=True, **options):
-    """The Options of these keywords; raises what `fused_linear_ea_kd_loss` raises for them alone."""
+def check_fused_linear_options(
+    *,
+    chunk_rows=None,
+    recompute=False,
+    accumulate_in_fp32=True,
+    teacher_topk=None,
+    tail="bucket",
+    teacher_temperature=1.0,
+    **options,
+):
+    """(a sparse teacher's model or None, Options); raises what `fused_linear_ea_kd_loss` raises for these alone."""
     for name, flag in (("recompute", recompute), ("accumulate_in_fp32", accumulate_in_fp32)):
         if not isinstance(flag, bool):
             raise TypeError(f"{name} must be True or False, got {flag!r}")
     if chunk_rows is not None and not (isinstance(chunk_rows, int) and chunk_rows >= 1):
         raise ValueError(f"chunk_rows must be an int >= 1 or None, got {chunk_rows!r}")
-    return Options(**options)
+    if teacher_topk is not None or tail != "bucket" or teacher_temperature != 1.0:
+        return check_topk_options(tail=tail, teacher_temperature=teacher_temperature, **options)
+    return None, Options(**options)
 
 
 class _Call(NamedTuple):
@@ -110,17 +137,17 @@ class _Call(NamedTuple):
 
     @classmethod
     def of(cls, student, teacher, labels, options, chunk_rows, accumulate_in_fp32) -> "_Call":
-        leading, dtype = student.hidden.shape[:-1], teacher.logits_dtype(student)
+        leading = student.hidden.shape[:-1]
+        double = any(x is not None and x.dtype == torch.float64 for x in (*student, *teacher.tensors))
+        dtype = torch.float64 if double else torch.float32
         shape = student.hidden.new_empty((), dtype=dtype).expand(*leading, len(student.weight))
-        wants_cross_entropy = labels is not None and row_losses.wants_cross_entropy(options)
-        problem = validate(shape, teacher.shape_of_logits(dtype), labels, options, wants_cross_entropy)
+        problem = teacher.validate(shape, labels, options)
         keep = problem.rows.keep
         kept = None if keep is None else keep.flatten().nonzero()[:, 0]
         if kept is not None and len(kept) == leading.numel():
             kept = None
         if chunk_rows is None:
-            columns = len(student.weight) * (2 if teacher.given is None else 1)
-            chunk_rows = chunk_size(columns, dtype, student.hidden.device)
+            chunk_rows = chunk_size(len(student.weight) + teacher.columns, dtype, student.hidden.device)
         labels = None if labels is None else labels.reshape(-1)
         return cls(student.flat(), teacher.flat(), labels, options, problem, kept, chunk_rows, accumulate_in_fp32)
 
@@ -131,7 +158,8 @@ class _Call(NamedTuple):
     def runs_in_one_pass(self) -> bool:
         needs_gradient = any(x is not None and x.requires_grad for x in self.student)
         half = torch.float16 in (self.student.hidden.dtype, self.student.weight.dtype)
-        return needs_gradient and not half and row_losses.is_scale_known(self.problem, self.options)
+        whole = self.problem.shards is None
+        return needs_gradient and whole and not half and row_losses.is_scale_known(self.problem, self.options)
 
     def chunks(self) -> Iterator[slice | Tensor]:
         """Numbers of the rows of every chunk."""
@@ -140,34 +168,38 @@ class _Call(NamedTuple):
             rows = slice(begin, min(begin + self.chunk, count))
             yield rows if self.kept is None else self.kept[rows]
 
-    def logits(self) -> Iterator[tuple[slice | Tensor, Tensor, Tensor]]:
-        """(rows, student's logits, teacher's logits) of every chunk, all in the same memory."""
+    def logits(self) -> Iterator[tuple[slice | Tensor, Tensor, Tensor | TopK]]:
+        """(rows, student's logits, the teacher's logits or top k) of every chunk, all logits in the same memory."""
         rows = min(self.chunk, len(self.student.hidden))
         shape = self.problem.rows.student_logits
         student = shape.new_empty(rows, len(self.student.weight))
-        teacher = None if self.teacher.given is not None else shape.new_empty(rows, len(self.teacher.head.weight))
+        teacher = shape.new_empty(rows, self.teacher.columns)
         for chunk in self.chunks():
-            yield chunk, self.student.logits(chunk, student), self.teacher.logits(chunk, teacher)
+            yield chunk, self.student.logits(chunk, student), self.teacher.rows(chunk, teacher)
 
-    def loss(self, chunk, student: Tensor, teacher: Tensor, num_items) -> tuple[Tensor, RowStats | None]:
-        changes = dict(reduction="sum", num_items=num_items)
-        out = loss_of_logits(student, teacher, self._labels(chunk), self._options(chunk, **changes))
+    def loss(self, chunk, student: Tensor, teacher, num_items) -> tuple[Tensor, RowStats | None]:
+        options = self.chunk_options(chunk, reduction="sum", num_items=num_items)
+        out = self.teacher.loss(student, teacher, self._labels(chunk), options)
         return out if self.options.return_stats else (out, None)
 
-    def statistics(self, chunk, student: Tensor, teacher: Tensor, temperature: Tensor | None) -> tuple[Tensor, ...]:
+    def statistics(self, chunk, student: Tensor, teacher, temperature: Tensor | None) -> tuple[Tensor | None, ...]:
         """stats.PUBLIC_FIELDS; temperature: of these rows, where it is to be differentiated."""
         changes = dict(weighting="none", weight_norm="none", reduction="none", num_items=None)
         if temperature is not None:
             changes["temperature"] = temperature
-        options = self._options(chunk, **changes)
-        problem = validate(student, teacher, self._labels(chunk), options, self.problem.labelled)
-        return row_fields(problem, options.inplace_gradient)
+        options = self.chunk_options(chunk, **changes)
+        return self.teacher.fields(student, teacher, self._labels(chunk), options, self.problem.labelled)
+
+    def known(self, public: list[Tensor]) -> list[Tensor | None]:
+        """stats.PUBLIC_FIELDS, without what a teacher does not have."""
+        named = zip(PUBLIC_FIELDS, public, strict=True)
+        return [None if name == "teacher_lse" and not self.teacher.has_lse else field for name, field in named]
 
     def new_fields(self, count: int) -> list[Tensor]:
         """[N] each, 0 in rows left out."""
         return [self.problem.rows.student_logits.new_zeros(len(self.student.hidden)) for _ in range(count)]
 
-    def _options(self, chunk, **changes):
+    def chunk_options(self, chunk, **changes):
         """The options as they are for these rows."""
         for name in ("weighting", "temperature"):
             value = getattr(self.options, name)
@@ -177,6 +209,13 @@ class _Call(NamedTuple):
 
     def _labels(self, chunk) -> Tensor | None:
         return None if self.labels is None else self.labels[chunk]
+
+
+def sharded_statistics(call: _Call) -> type[Function]:
+    from .linear_shards import ShardedStatistics, check_shards  # see sharding.py
+
+    check_shards(call)
+    return ShardedStatistics
 
 
 class _Computed(Function):
@@ -234,7 +273,8 @@ class _Statistics(Function):
         fields = call.new_fields(len(PUBLIC_FIELDS))
         for chunk, student, teacher in call.logits():
             for field, part in zip(fields, call.statistics(chunk, student, teacher, None), strict=True):
-                field[chunk] = part
+                if part is not None:
+                    field[chunk] = part
         ctx.call = call._replace(student=None)
         ctx.save_for_backward(temperatures, *head)
         ctx.set_materialize_grads(False)
@@ -261,7 +301,11 @@ def _gradients(call: _Call, temperatures: Tensor | None, upstream, needed) -> tu
                 rows = temperatures if temperatures.dim() == 0 else temperatures.reshape(-1)[chunk]
                 inputs.append(rows.detach().requires_grad_())
             fields = call.statistics(chunk, inputs[0], teacher, inputs[1] if needed[0] else None)
-        used = [(f, g[chunk]) for f, g in zip(fields, upstream, strict=True) if f.requires_grad and g is not None]
+        used = [
+            (field, g[chunk])
+            for field, g in zip(fields, upstream, strict=True)
+            if g is not None and field is not None and field.requires_grad
+        ]
         outputs, grads = zip(*used, strict=True)
         g_logits, *g_rows = torch.autograd.grad(outputs, inputs, grads, allow_unused=True)
         gradient.add(chunk, g_logits)

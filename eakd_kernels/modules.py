@@ -94,7 +94,7 @@ class FusedLinearEAKDLoss(_Loss):
 
     function, check = staticmethod(fused_linear_ea_kd_loss), staticmethod(check_fused_linear_options)
 
-    @takes_options(fused_linear_ea_kd_loss, without=("teacher_logits", "student_bias", "teacher_bias"))
+    @takes_options(fused_linear_ea_kd_loss, without=("teacher_logits", "teacher_topk", "student_bias", "teacher_bias"))
     def __init__(self, **options):
         super().__init__(**options)
 

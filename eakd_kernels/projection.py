@@ -90,31 +90,6 @@ class HeadGradient:
         return tuple(None if g is None else g.to(x.dtype) for g, x in zip(given, self.head, strict=True))
 
 
-class Teacher(NamedTuple):
-    """A head without gradient, or logits."""
-
-    head: Head  # of None where logits are given
-    given: Tensor | None  # [N, V]
-
-    def logits(self, rows: Tensor | slice, out: Tensor | None) -> Tensor:
-        return self.head.logits(rows, out) if self.given is None else self.given[rows]
-
-    def flat(self) -> "Teacher":
-        if self.given is None:
-            return Teacher(self.head.flat(), None)
-        return Teacher(self.head, self.given.reshape(-1, self.given.shape[-1]))
-
-    def logits_dtype(self, student: Head) -> torch.dtype:
-        double = any(x is not None and x.dtype == torch.float64 for x in (*student, *self.head, self.given))
-        return torch.float64 if double else torch.float32
-
-    def shape_of_logits(self, dtype: torch.dtype) -> Tensor:
-        """Of their shape, and without memory."""
-        if self.given is not None:
-            return self.given
-        return self.head.hidden.new_empty((), dtype=dtype).expand(*self.head.hidden.shape[:-1], len(self.head.weight))
-
-
 def chunk_size(columns: int, dtype: torch.dtype, device: torch.device) -> int:
     """How many rows' logits to hold at a time; columns: of all sides that are made."""
     row_bytes = columns * dtype.itemsize
@@ -127,34 +102,7 @@ def chunk_size(columns: int, dtype: torch.dtype, device: torch.device) -> int:
     return max(multiple, budget // row_bytes // multiple * multiple)
 
 
-def check_heads(student: Head, teacher: Teacher) -> None:
-    _check_head("student", student)
-    forms = [
-        name
-        for name, x in (("teacher_hidden", teacher.head.hidden), ("teacher_logits", teacher.given))
-        if x is not None
-    ]
-    if len(forms) != 1:
-        raise ValueError(
-            f"the teacher must come in one form, got {' and '.join(forms) or 'none'}: pass teacher_hidden with "
-            "teacher_weight, or teacher_logits"
-        )
-    if teacher.given is None:
-        _check_head("teacher", teacher.head)
-    elif teacher.head.weight is not None or teacher.head.bias is not None:
-        raise ValueError("teacher_weight and teacher_bias go with teacher_hidden, got teacher_logits")
-    leading = (teacher.head.hidden if teacher.given is None else teacher.given).shape[:-1]
-    if leading != student.hidden.shape[:-1]:
-        raise ValueError(
-            f"{forms[0]} must have the leading shape of student_hidden, {tuple(student.hidden.shape[:-1])}, got "
-            f"{tuple(leading)}"
-        )
-    for name, tensor in (("teacher_hidden", teacher.head.hidden), ("teacher_weight", teacher.head.weight)):
-        if tensor is not None and tensor.requires_grad:
-            raise ValueError(f"{name} requires grad, and the teacher gets no gradient here: pass {name}.detach()")
-
-
-def _check_head(side: str, head: Head) -> None:
+def check_head(side: str, head: Head) -> None:
     for name, tensor, dims in (("hidden", head.hidden, None), ("weight", head.weight, 2), ("bias", head.bias, 1)):
         if tensor is None and name == "bias":
             continue

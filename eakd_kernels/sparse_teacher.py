@@ -84,10 +84,21 @@ def topk_ea_kd_loss(
     model, options = check_topk_options(
         teacher_entropy=teacher_entropy, tail=tail, teacher_temperature=teacher_temperature, **options
     )
-    problem = _validate(student_logits, labels, options)
-    teacher = _teacher_rows(teacher_ids, teacher_logprobs, teacher_entropy, problem)
-    fields = _fields(problem, teacher, model, options)
-    stats = finish(fields, problem, options)
+    return loss_of_topk(student_logits, TopK(teacher_ids, teacher_logprobs, teacher_entropy), labels, model, options)
+
+
+class TopK(NamedTuple):
+    """What is known of a teacher."""
+
+    ids: Tensor  # [..., k]
+    logprobs: Tensor  # [..., k]
+    entropy: Tensor | None  # [...]
+
+
+def loss_of_topk(student_logits, teacher: TopK, labels, model, options) -> Tensor | tuple[Tensor, RowStats]:
+    """What `topk_ea_kd_loss` returns, of checked options."""
+    problem = validate_student(student_logits, labels, options)
+    stats = finish(fields_of_topk(problem, teacher, model, options), problem, options)
     loss = reduce(stats.loss, problem, options)
     return (loss, stats.detach()) if options.return_stats else loss
 
@@ -122,7 +133,7 @@ def _divergence(options) -> divergences.Divergence:
     return divergences.BY_NAME[given] if isinstance(given, str) else given
 
 
-def _validate(student_logits, labels, options) -> Problem:
+def validate_student(student_logits, labels, options, labelled: bool = False) -> Problem:
     """With the student as its own teacher, whose divergence nobody looks at."""
     own = replace(
         options,
@@ -130,7 +141,9 @@ def _validate(student_logits, labels, options) -> Problem:
         teacher_logit_scale=options.student_logit_scale,
         teacher_softcap=options.student_softcap,
     )
-    return validate(student_logits, None, labels, own, labels is not None and wants_cross_entropy(options))
+    return validate(
+        student_logits, None, labels, own, labels is not None and (labelled or wants_cross_entropy(options))
+    )
 
 
 class _TeacherRows(NamedTuple):
@@ -141,8 +154,8 @@ class _TeacherRows(NamedTuple):
     entropy: Tensor | None  # if given
 
 
-def _teacher_rows(ids, logprobs, entropy, problem: Problem) -> _TeacherRows:
-    rows = problem.rows
+def _teacher_rows(teacher: TopK, problem: Problem) -> _TeacherRows:
+    rows, (ids, logprobs, entropy) = problem.rows, teacher
     student, vocab_size = rows.student_logits, rows.vocab_size
     check_sparse_teacher(ids, logprobs, entropy, student)
     given = (ids >= 0) & (logprobs != -torch.inf)
@@ -164,9 +177,9 @@ def _teacher_rows(ids, logprobs, entropy, problem: Problem) -> _TeacherRows:
     )
 
 
-def _fields(problem: Problem, teacher: _TeacherRows, model: _Model, options) -> tuple[Tensor | None, ...]:
+def fields_of_topk(problem: Problem, given: TopK, model: _Model, options) -> tuple[Tensor | None, ...]:
     """stats.PUBLIC_FIELDS."""
-    rows = problem.rows
+    rows, teacher = problem.rows, _teacher_rows(given, problem)
     bucket = model.tail == "bucket"
     student = student_row(rows, teacher.columns, bucket, options.inplace_gradient, problem.backend)
     tau = rows.temperature if rows.temperatures is None else rows.temperatures.double()[..., None]

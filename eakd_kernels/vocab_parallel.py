@@ -21,12 +21,12 @@ from .stats import RECIPE_STATISTICS, STATISTICS, TEMPERATURE_STATISTICS, statis
 @torch.compiler.disable
 def sharded_row_statistics(rows: Rows, shards: Shards, inplace_gradient: bool, backend: str) -> tuple[Tensor, ...]:
     """stats.PUBLIC_FIELDS of every row, differentiable as RowStatistics says; rows.labels are global ids."""
-    if backend == "reference" or not _merges(rows):
+    if backend == "reference" or not merges(rows):
         return sharded_formulas.row_statistics(rows, shards, inplace_gradient)
     return ShardedRowStatistics.apply(*rows, inplace_gradient, backend, shards)
 
 
-def _merges(rows: Rows) -> bool:
+def merges(rows: Rows) -> bool:
     """Whether the kernels' statistics of shards are all that those of the rows are made of."""
     recipe = Recipe.of(rows.recipe)
     if rows.temperatures is not None and rows.temperatures.requires_grad:
@@ -48,7 +48,7 @@ class ShardedRowStatistics(Function):
         if labels is not None:
             rows = rows._replace(labels=shards.own_labels(labels))
         ctx.no_columns = rows.vocab_size == 0
-        statistics = merged(_of_shard(rows, backend), rows, shards, labels)
+        statistics = merged(of_shard(rows, backend), rows, shards, labels)
         return RowStatistics.keep(ctx, rows, statistics, inplace, backend)
 
     @staticmethod
@@ -58,7 +58,7 @@ class ShardedRowStatistics(Function):
         return torch.zeros_like(ctx.saved_tensors[0]), *[None] * (len(Rows._fields) + 2)
 
 
-def _of_shard(rows: Rows, backend: str) -> Tensor:
+def of_shard(rows: Rows, backend: str) -> Tensor:
     if rows.vocab_size > 0:
         return ops.row_statistics(*rows, False, backend)
     recipe = Recipe.of(rows.recipe)

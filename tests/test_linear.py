@@ -7,7 +7,14 @@ import pytest
 import torch
 from support import interpreted
 
-from eakd_kernels import FusedLinearEAKDLoss, ea_kd_loss, fused_linear_ea_kd_loss, weighting
+from eakd_kernels import (
+    FusedLinearEAKDLoss,
+    ea_kd_loss,
+    fused_linear_ea_kd_loss,
+    teacher_topk,
+    topk_ea_kd_loss,
+    weighting,
+)
 from eakd_kernels import divergences as d
 
 ROWS, WIDTHS, VOCAB = (3, 7), (16, 24), 50
@@ -121,6 +128,39 @@ def test_chunks_of_any_size_and_teachers_as_logits(chunk_rows, option):
     assert_close(*both(torch.float32, option, form="logits", chunk_rows=chunk_rows), 3e-6)
 
 
+SPARSE = ["plain", "labels", "mask", "callable", "live", "mean weights", "learnt temperature of rows", "statistics"]
+
+
+@pytest.mark.parametrize("recompute", [False, True], ids=["", "recompute"])
+@pytest.mark.parametrize("option", SPARSE)
+@pytest.mark.parametrize("tail", ["bucket", "renormalize", "zero"])
+def test_sparse_teachers(tail, option, recompute):
+    (hidden, weight, bias), teacher = tensors()
+    ids, logprobs, entropy, lse = teacher_topk(project(*teacher), 8)
+    how = dict(tail=tail, teacher_temperature=1.5, **OPTIONS[option])
+    wanted = loss_and_gradients(
+        lambda **options: topk_ea_kd_loss(
+            project(hidden, weight, bias), ids, logprobs, teacher_entropy=entropy, **options
+        ),
+        [hidden, weight, bias],
+        **how,
+    )
+    got = loss_and_gradients(
+        lambda **options: fused_linear_ea_kd_loss(
+            hidden,
+            weight,
+            teacher_topk=(ids, logprobs, entropy, lse),
+            student_bias=bias,
+            chunk_rows=4,
+            recompute=recompute,
+            **options,
+        ),
+        [hidden, weight, bias],
+        **how,
+    )
+    assert_close(got, wanted, 3e-6)
+
+
 @pytest.mark.parametrize("recompute", [False, True])
 def test_frozen_heads_and_tied_weights(recompute):
     (hidden, weight, bias), teacher = tensors()
@@ -223,6 +263,9 @@ BAD = [
     (dict(teacher_hidden=X, teacher_weight=W.clone().requires_grad_()), ValueError, r"teacher_weight.detach\(\)"),
     (dict(teacher_logits=torch.zeros(2, 3, 9), teacher_bias=W[:, 0]), ValueError, "go with teacher_hidden"),
     (dict(teacher_hidden=X, teacher_weight=W, student_bias=torch.zeros(8)), ValueError, r"student_bias must be \[9\]"),
+    (dict(teacher_topk=(X.long(),)), TypeError, r"\(ids, logprobs\).*got 1 tensors"),
+    (dict(teacher_topk=(X.long(), X), standardize=True), ValueError, "sparse teacher"),
+    (dict(teacher_topk=(X.long(), X), tail="none"), ValueError, "tail"),
     (dict(teacher_hidden=X, teacher_weight=W, chunk_rows=0), ValueError, "chunk_rows must be an int >= 1"),
     (dict(teacher_hidden=X, teacher_weight=W, recompute="yes"), TypeError, "recompute"),
     (dict(teacher_hidden=X, teacher_weight=W, inplace_gradient=True), TypeError, "inplace_gradient"),
