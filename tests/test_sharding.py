@@ -30,13 +30,17 @@ def behaviour(widths, student, teacher, divergence):
     (inplace,) = torch.autograd.grad(loss_of(logits, inplace_gradient=True), logits)
     compiled = torch.compile(lambda x: loss_of(x * 1), backend="aot_eager")(leaf)
     (traced,) = torch.autograd.grad(compiled, leaf)
+    with torch.inference_mode():
+        same = torch.equal(loss_of(leaf * 1), loss)
+        inferred = teacher * 1
+    (by_inferred,) = torch.autograd.grad(ea_kd_loss(leaf, inferred, divergence=divergence, process_group=group), leaf)
     with pytest.raises(ValueError, match="inplace_gradient"):
         loss_of(leaf, inplace_gradient=True)
     return {
         "again": torch.equal(loss, loss_of(leaf)) and torch.equal(first, second),
         "in place": torch.equal(inplace, first) and torch.equal(logits.detach(), first),
         "compiled": torch.equal(compiled, loss) and torch.equal(traced, first),
-        "teacher": not teacher.requires_grad,
+        "inference": same and torch.equal(by_inferred, first),
     }
 
 

@@ -102,17 +102,32 @@ __device__ __forceinline__ RecipeNumbers<float> finish_lane(const RecipeJob& job
   return numbers;
 }
 
+// Of the statistics, what merging shards needs besides: ahead of the others, beside which there are no registers left.
+__device__ __forceinline__ void store_for_merging(const RecipeJob& job, const RecipeSpace& space, int row,
+                                                  bool values) {
+  const auto store = [&](int field, float value) { job.out[job.at(field, row)] = value; };
+  const int k = threadIdx.x;
+  if (k == 0) store(kRecipeTeacherEntropySum, space.sums[0]);
+  if (k >= job.recipe.count) return;
+  const float *sums = space.sums + kSweepSums * (1 + k), B0 = sums[0], D0 = sums[1];
+  const bool forward = !values && job.recipe.first_of_columns() != 0;
+  const bool reverse = !values && job.recipe.second_of_columns() != 0;
+  const int first = kNumRecipeFields + k * kNumTauFields;
+  store(first + kForwardKL, forward ? kl_of_sums(B0, sums[2], D0) : 0.f);
+  store(first + kReverseKL, reverse ? kl_of_sums(D0, sums[3], B0) : 0.f);
+}
+
 __device__ __forceinline__ void store_statistics(const RecipeJob& job, int row, const Lane& lane,
                                                  const RecipeNumbers<float>& numbers) {
   const auto store = [&](int field, float value) { job.out[job.at(field, row)] = value; };
   if (threadIdx.x < job.recipe.count) {
 #pragma unroll
-    for (int i = 0; i < kNumTauFields; ++i)
+    for (int i = 0; i < kForwardKL; ++i)
       store(kNumRecipeFields + lane.k * kNumTauFields + i, numbers.tau[0][i]);
   }
   if (!lane.last) return;
 #pragma unroll
-  for (int i = 0; i < kNumRecipeFields; ++i)
+  for (int i = 0; i < kRecipeTeacherEntropySum; ++i)
     store(i, numbers.common[i]);
   if (!job.slopes) return;
   store(job.recipe.fields(false), numbers.divergence_slope);

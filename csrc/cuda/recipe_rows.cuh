@@ -240,9 +240,10 @@ struct RecipeRow {
     const bool pulls = standardized || job.slopes, values = job.recipe.wants_values(pulls);
     if (values) sum_values(pulls);
     if (threadIdx.x >= kWarp) return;
+    const bool storing = columns.thread < kWarp;  // of the first CTA
+    if (storing && job.operation == Operation::kRowStatistics) store_for_merging(job, space, index, values);
     const Lane lane(job, index);
     const RecipeNumbers<float> numbers = finish_lane(job, space, lane, label, values);
-    const bool storing = columns.thread < kWarp;  // of the first CTA
     if (job.operation == Operation::kRowStatistics) {
       if (storing) store_statistics(job, index, lane, numbers);
     } else {
