@@ -14,7 +14,6 @@ from .linear_teachers import DenseTeacher
 from .ops import Rows
 from .projection import Head, HeadGradient
 from .stats import PUBLIC_FIELDS
-from .validation import validate
 from .vocab_parallel import merged, merges, of_shard
 
 
@@ -36,9 +35,7 @@ def check_shards(call) -> None:
 def _chunks(call):
     """(numbers of rows, Rows of this rank's columns) of every chunk."""
     whole, shards = call.problem.rows, call.problem.shards
-    own = dict(process_group=None, vocab_size=None, teacher_class_weights=None, temperature=1.0)
     for chunk, student, teacher in call.logits():
-        rows = validate(student, teacher, None, call.chunk_options(chunk, **own), False).rows
         temperatures, labels = whole.temperatures, whole.labels
         if temperatures is not None and temperatures.dim() > 0:
             temperatures = temperatures.reshape(-1)[chunk]
@@ -47,8 +44,8 @@ def _chunks(call):
         yield (
             chunk,
             whole._replace(
-                student_logits=rows.student_logits,
-                teacher_logits=rows.teacher_logits,
+                student_logits=student,
+                teacher_logits=teacher,
                 labels=labels,
                 keep=None,
                 temperatures=temperatures,
@@ -98,7 +95,8 @@ def _rows_kept(call) -> tuple[Rows, Tensor | None]:
 
 def _gradients(call, statistics: Tensor | None, upstream, needed) -> tuple[Tensor | None, ...]:
     """Of the Head; upstream: of divergence, student_entropy, student_lse and cross_entropy, [N] or None."""
-    gradient = HeadGradient(call.student, needed, call.kept is None, call.accumulate_in_fp32)
+    every_row = call.kept is None and call.problem.rows.vocab_size > 0
+    gradient = HeadGradient(call.student, needed, every_row, call.accumulate_in_fp32)
     begin = 0
     for chunk, rows in _chunks(call):
         end = begin + len(rows.student_logits)

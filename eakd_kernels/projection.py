@@ -131,5 +131,5 @@ def _sum_dtype(tensor: Tensor) -> torch.dtype:
 
 def _blocks(weight: Tensor, dtype: torch.dtype):
     """Slices of a weight's rows: all at once, where nothing has to be converted."""
-    size = len(weight) if weight.dtype == dtype else _BLOCK
+    size = max(len(weight), 1) if weight.dtype == dtype else _BLOCK
     return (slice(begin, begin + size) for begin in range(0, len(weight), size))
