@@ -48,7 +48,7 @@ class ShardedRowStatistics(Function):
         if labels is not None:
             rows = rows._replace(labels=shards.own_labels(labels))
         ctx.no_columns = rows.vocab_size == 0
-        statistics = merged(_of_shard(rows, backend), rows, shards, labels)
+        statistics = merged(of_shard(rows, backend), rows, shards, labels)
         return RowStatistics.keep(ctx, rows, statistics, inplace, backend)
 
     @staticmethod
@@ -58,7 +58,7 @@ class ShardedRowStatistics(Function):
         return torch.zeros_like(ctx.saved_tensors[0]), *[None] * (len(Rows._fields) + 2)
 
 
-def _of_shard(rows: Rows, backend: str) -> Tensor:
+def of_shard(rows: Rows, backend: str) -> Tensor:
     if rows.vocab_size > 0:
         return ops.row_statistics(*rows, False, backend)
     recipe = Recipe.of(rows.recipe)
@@ -125,6 +125,13 @@ def _shares(sums: Tensor, maxima: Tensor, largest: Tensor, temperature) -> tuple
     total = logs.logsumexp(0)
     none = (logs == -torch.inf) & ~total.isnan()  # nothing hides NaN
     return total, torch.where(none, -torch.inf, logs - total)
+
+
+def merged_normalisers(maxima: Tensor, sums: Tensor, temperature) -> tuple[Tensor, Tensor]:
+    """(M, sum exp((x - M)/temperature)) of whole rows from those of shards; a sum of 0 where there is nothing."""
+    largest = _largest(maxima, sums)
+    total, _ = _shares(sums, maxima, largest, temperature)
+    return largest, total.exp()
 
 
 def _average(log_shares: Tensor, values: Tensor) -> Tensor:
