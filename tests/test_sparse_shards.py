@@ -227,9 +227,10 @@ def test_ids_are_of_the_whole_vocabulary(ids, message, world):
 # ---- teacher_topk ------------------------------------------------------------------------------------------------
 
 
-def likeliest(widths, logits, k, options):
+def likeliest(widths, logits, k, options, backend):
     columns = own_columns(widths)
-    with Collectives() as counted:
+    with pytest.MonkeyPatch.context() as environment, Collectives() as counted:
+        environment.setenv("EAKD_BACKEND", backend)
         answer = teacher_topk(logits[..., columns], k, process_group=dist.group.WORLD, **options)
     return answer, len(counted.calls)
 
@@ -237,11 +238,11 @@ def likeliest(widths, logits, k, options):
 @pytest.mark.parametrize("k", [1, 9, VOCAB])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_teacher_topk(layout, dtype, k, world):
+def test_teacher_topk(layout, dtype, k, world, fp64_backend):
     _, logits = make_logits(2, 3, VOCAB, dtype=dtype, offset=40.0)
     options = {"temperature": 2.0, "entropy_temperature": 1.5}
     want = teacher_topk(logits, k, **options)
-    answers = world(len(LAYOUTS[layout])).run(likeliest, LAYOUTS[layout], logits, k, options)
+    answers = world(len(LAYOUTS[layout])).run(likeliest, LAYOUTS[layout], logits, k, options, fp64_backend)
     for (ids, *fields), collectives in answers:
         assert collectives == 3
         assert torch.equal(logits.gather(-1, ids), logits.gather(-1, want[0]))
@@ -251,13 +252,15 @@ def test_teacher_topk(layout, dtype, k, world):
             assert_close(got, field, 1e-12 if dtype == torch.float64 else 1e-6)
 
 
-def test_teacher_topk_of_equal_logits(world):
+def test_teacher_topk_of_equal_logits(world, fp64_backend):
     """The lower rank's first; columns of -inf, which are not mistaken for those that a rank does not have, last."""
-    logits = torch.zeros(2, VOCAB)
-    logits[0, 5:] = -torch.inf
-    for (ids, logprobs, entropy, lse), _ in world(4).run(likeliest, LAYOUTS["4 uneven"], logits, VOCAB, {}):
+    logits = torch.zeros(3, VOCAB)
+    logits[0, 5:], logits[2] = -torch.inf, -torch.inf
+    answers = world(4).run(likeliest, LAYOUTS["4 uneven"], logits, VOCAB, {}, fp64_backend)
+    for (ids, logprobs, entropy, lse), _ in answers:
         assert all(sorted(row) == list(range(VOCAB)) for row in ids.tolist())
         assert ids[1, 0] == 0 and sorted(ids[1, 1:41].tolist()) == list(range(1, 41))
-        torch.testing.assert_close(lse, torch.tensor([5.0, VOCAB]).log())
+        torch.testing.assert_close(lse, torch.tensor([5.0, VOCAB, 1.0]).log())  # log 1: of the row without mass, 0
         torch.testing.assert_close(entropy, lse)
-        assert (logprobs[0, 5:] == -torch.inf).all() and (logprobs[0, :5] == -lse[0]).all()
+        assert (logprobs[2] == -torch.inf).all() and (logprobs[0, 5:] == -torch.inf).all()
+        torch.testing.assert_close(logprobs[0, :5], -lse[0].expand(5))

@@ -229,6 +229,12 @@ def test_teacher_topk(dtype, temperature):
     assert logprobs.dtype == entropy.dtype == lse.dtype == torch.promote_types(dtype, torch.float32)
 
 
+def test_teacher_topk_of_a_row_without_mass():
+    """It is padding."""
+    _, logprobs, entropy, lse = teacher_topk(torch.full((2, 10), -torch.inf), 3)
+    assert (logprobs == -torch.inf).all() and not entropy.any() and not lse.any()
+
+
 def test_a_teacher_out_of_inference_mode(backend):
     student, teacher = make_logits(4, 60, dtype=widest(backend))
     with torch.inference_mode():
