@@ -66,8 +66,9 @@ class _Picked(NamedTuple):
     tau: Tensor | float
 
 
-def _pick(rows: Rows, ids: Tensor, statistics: Tensor) -> _Picked:
-    x = rows.student_logits.gather(-1, ids).to(statistics.dtype)
+def _pick(rows: Rows, logits: Tensor, statistics: Tensor) -> _Picked:
+    """logits: the row's at its ids, as they are."""
+    x = logits.to(statistics.dtype)
     slope, recipe = 1.0, Recipe.of(rows.recipe)
     if recipe is not None:
         x, slope = _transformed(x, recipe.student_scale, recipe.student_cap)
@@ -103,6 +104,19 @@ def _log_rest(rest: Tensor, picked: _Picked) -> Tensor:
     return torch.where(nothing, -torch.inf, log_rest)[..., 0]
 
 
+def student_fields(
+    rows: Rows, member: Tensor, logits: Tensor, statistics: Tensor, rest: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    """StudentRow, from the row's logits at its ids, ops.row_statistics and ops.rest_statistics."""
+    picked, fields = _pick(rows, logits, statistics), named(statistics, bool(rows.recipe))
+    log_rest = None
+    if rest is not None:
+        log_rest = _log_rest(rest, picked)
+        log_rest = log_rest if rows.keep is None else torch.where(rows.keep, log_rest, 0.0)
+    scalars = (fields[name] for name in ("student_entropy", "student_lse", "cross_entropy"))
+    return *scalars, _log_q(picked, member), log_rest
+
+
 class SparseStatistics(Function):
     """StudentRow on a kernel backend.
 
@@ -120,13 +134,7 @@ class SparseStatistics(Function):
         ctx.set_materialize_grads(False)
         ctx.constants = rows._replace(teacher_logits=None, **dict.fromkeys(_SAVED))
         save_tensors(ctx, *(getattr(rows, name) for name in _SAVED), columns.member, columns.ids, statistics, rest)
-        picked, fields = _pick(rows, columns.ids, statistics), named(statistics, bool(rows.recipe))
-        log_rest = None
-        if wants_rest:
-            log_rest = _log_rest(rest, picked)
-            log_rest = log_rest if rows.keep is None else torch.where(rows.keep, log_rest, 0.0)
-        scalars = (fields[name] for name in ("student_entropy", "student_lse", "cross_entropy"))
-        return *scalars, _log_q(picked, columns.member), log_rest
+        return student_fields(rows, columns.member, rows.student_logits.gather(-1, columns.ids), statistics, rest)
 
     @staticmethod
     def backward(ctx, *upstream):
@@ -135,9 +143,11 @@ class SparseStatistics(Function):
         rows = rows._replace(teacher_logits=rows.student_logits.detach())
         grads = [None] * (_NUM_ROWS + len(Columns._fields) + 3)
         with torch.no_grad():
-            job = _Backward(rows, member, ids, statistics, rest, _upstream(upstream, member, statistics.dtype))
+            logits = rows.student_logits.gather(-1, ids)
+            given = upstream_of(upstream, member, statistics.dtype)
+            job = RowBackward(rows, member, logits, member, ids, statistics, rest, given)
             temperature = _temperature_gradient(job) if ctx.needs_input_grad[_TEMPERATURES] else None
-            student = _student_gradient(job, ctx.inplace, ctx.backend) if ctx.needs_input_grad[0] else None
+            student = student_gradient(job, ctx.inplace, ctx.backend) if ctx.needs_input_grad[0] else None
         if temperature is not None:
             grads[_TEMPERATURES] = once(temperature, rows.temperatures)
         if student is not None:
@@ -155,25 +165,27 @@ class _Upstream(NamedTuple):
     log_rest: Tensor | float
 
 
-def _upstream(gradients, member: Tensor, dtype: torch.dtype) -> _Upstream:
+def upstream_of(gradients, member: Tensor, dtype: torch.dtype) -> _Upstream:
     entropy, lse, cross_entropy, log_q, log_rest = gradients
     log_q = torch.zeros_like(member, dtype=dtype) if log_q is None else torch.where(member, log_q, 0.0)
     return _Upstream(entropy, 0.0 if lse is None else lse, cross_entropy, log_q, 0.0 if log_rest is None else log_rest)
 
 
-class _Backward(NamedTuple):
-    rows: Rows
-    member: Tensor
-    ids: Tensor
+class RowBackward(NamedTuple):
+    rows: Rows  # of the columns that the gradient is for
+    member: Tensor  # of all columns that the row names, as are logits
+    logits: Tensor  # [..., K]
+    here: Tensor  # members among the rows' columns: all of them, unless the vocabulary is sharded
+    ids: Tensor  # Columns.ids of those
     statistics: Tensor
     rest: Tensor | None  # ops.rest_statistics
     upstream: _Upstream
 
 
-def _student_gradient(job: _Backward, inplace: bool, backend: str) -> Tensor:
+def student_gradient(job: RowBackward, inplace: bool, backend: str) -> Tensor:
     """[..., V]: the dense operator's, written over at the ids."""
     rows, (entropy, _, cross_entropy, *_) = job.rows, job.upstream
-    picked = _pick(rows, job.ids, job.statistics)  # before the gradient may take the logits' place
+    picked = _pick(rows, job.logits, job.statistics)
     upstream = (None, entropy, _slope_elsewhere(job, picked), cross_entropy)
     if inplace:
         # See autograd._row_gradient. A column is read, as both sides, before it is written.
@@ -182,15 +194,15 @@ def _student_gradient(job: _Backward, inplace: bool, backend: str) -> Tensor:
     else:
         gradient = ops.row_gradient(*rows, job.statistics, *upstream, backend)
     at_ids = _gradient_at_ids(job, picked).to(gradient.dtype)
-    # A row that names nothing has padding point at column 0, which stays what it is.
-    at_ids = torch.where(job.member.any(-1, keepdim=True), at_ids, gradient.gather(-1, job.ids))
+    # A row that names nothing here has padding point at column 0, which stays what it is.
+    at_ids = torch.where(job.here.any(-1, keepdim=True), at_ids, gradient.gather(-1, job.ids))
     gradient.scatter_(-1, job.ids, at_ids)
     if inplace:
         torch.autograd.graph.increment_version(gradient)
     return gradient
 
 
-def _slope_elsewhere(job: _Backward, picked: _Picked) -> Tensor:
+def _slope_elsewhere(job: RowBackward, picked: _Picked) -> Tensor:
     """[...]: tau times what the columns that are not named get for each of their q_j.
 
     d log q_k / d x_j = -q_j/tau of every named k, and d log r / d x_j = q_j (1 - r)/(r tau) of the rest's r.
@@ -205,7 +217,7 @@ def _slope_elsewhere(job: _Backward, picked: _Picked) -> Tensor:
     return slope + upstream.log_rest * (named_mass / _log_rest(job.rest, picked).exp().clamp(min=smallest))
 
 
-def _gradient_at_ids(job: _Backward, picked: _Picked) -> Tensor:
+def _gradient_at_ids(job: RowBackward, picked: _Picked) -> Tensor:
     """[..., K]: d log q_k / d x_j = ([j = k] - q_j)/tau, d log r / d x_j = -q_j/tau, and those of docs/math.md."""
     upstream, fields, t = job.upstream, named(job.statistics, bool(job.rows.recipe)), job.rows.entropy_temperature
     masked = picked.x == -torch.inf
@@ -223,14 +235,14 @@ def _gradient_at_ids(job: _Backward, picked: _Picked) -> Tensor:
         gradient = gradient + upstream.cross_entropy[..., None] * (share - is_label)
     gradient = gradient * picked.slope
     # Padding repeats a member's column, and has to write what the member writes.
-    gradient = gradient.gather(-1, owners(job.member))
+    gradient = gradient.gather(-1, owners(job.here))
     return gradient if job.rows.keep is None else torch.where(job.rows.keep[..., None], gradient, 0.0)
 
 
-def _temperature_gradient(job: _Backward) -> Tensor:
+def _temperature_gradient(job: RowBackward) -> Tensor:
     """d log q_k / d tau = -x_k/tau^2 - d lse / d tau, and likewise of the rest, whose lse has a slope of its own."""
     upstream, slope, tau = job.upstream, job.statistics[-1], job.rows.temperatures
-    picked = _pick(job.rows, job.ids, job.statistics)
+    picked = _pick(job.rows, job.logits, job.statistics)
     terms = upstream.log_q * -(picked.x / picked.tau**2 + slope[..., None])
     # An infinite divergence has no slope; where nothing flows back into it, it must not matter.
     total = torch.where(upstream.log_q == 0, 0.0, terms).sum(-1) + upstream.lse * slope

@@ -10,9 +10,9 @@ from . import divergences, ops
 from .functional import Options, ea_kd_loss
 from .options import check_number, takes_options
 from .row_losses import finish, reduce, wants_cross_entropy
-from .sparse_rows import Columns, owners, student_row
+from .sparse_rows import Columns, StudentRow, owners, student_fields, student_row
 from .sparse_validation import check_ids, check_sparse_teacher
-from .stats import RowStats, named, normaliser
+from .stats import RowStats
 from .validation import Problem, ordinary, validate
 
 TAILS = ("bucket", "renormalize", "zero")
@@ -70,13 +70,16 @@ def topk_ea_kd_loss(
         teacher_temperature: > 0.
         options: those of `ea_kd_loss`. Of `divergence`, "bucket" takes all, on its k + 1 outcomes, the others
             "forward_kl" alone. `temperature` is no tuple, and standardize, teacher_class_weights, teacher_softcap and
-            teacher_logit_scale stay as they are. teacher_lse in RowStats is None.
+            teacher_logit_scale stay as they are. teacher_lse in RowStats is None. With `process_group`, or a DTensor,
+            student_logits are this rank's shard, ids and labels those of the whole vocabulary, and everything but
+            the logits is the same on every rank.
 
     Returns and raises what `ea_kd_loss` does, and
 
         ValueError: an option that a sparse teacher cannot have; ids that are not below V, or twice in a row. On a GPU
             the latter are looked at with EAKD_CHECK_IDS=1 only, which waits for the GPU; an id from V on makes its
             row NaN there, and one that is there twice counts twice.
+        NotImplementedError: a temperature that requires grad, of sharded logits.
 
     One sweep over the student, for "bucket" a second over a copy of a few rows at a time without their ids' columns
     (1 - sum_K q_j has no digits left where the student is sure), and the gradient in backward.
@@ -156,8 +159,8 @@ class _TeacherRows(NamedTuple):
 
 def _teacher_rows(teacher: TopK, problem: Problem) -> _TeacherRows:
     rows, (ids, logprobs, entropy) = problem.rows, teacher
-    student, vocab_size = rows.student_logits, rows.vocab_size
-    check_sparse_teacher(ids, logprobs, entropy, student)
+    vocab_size = rows.vocab_size if problem.shards is None else problem.shards.vocab_size
+    check_sparse_teacher(ids, logprobs, entropy, rows.student_logits)
     given = (ids >= 0) & (logprobs != -torch.inf)
     if rows.keep is not None:
         given = given & rows.keep[..., None]
@@ -181,7 +184,7 @@ def fields_of_topk(problem: Problem, given: TopK, model: _Model, options) -> tup
     """stats.PUBLIC_FIELDS."""
     rows, teacher = problem.rows, _teacher_rows(given, problem)
     bucket = model.tail == "bucket"
-    student = student_row(rows, teacher.columns, bucket, options.inplace_gradient, problem.backend)
+    student = _student_row(problem, teacher.columns, bucket, options.inplace_gradient)
     tau = rows.temperature if rows.temperatures is None else rows.temperatures.double()[..., None]
     log_q, empty = student.log_q, teacher.complete
     if bucket:
@@ -196,6 +199,15 @@ def fields_of_topk(problem: Problem, given: TopK, model: _Model, options) -> tup
     if rows.keep is not None:
         divergence, entropy = (torch.where(rows.keep, field, 0.0) for field in (divergence, entropy))
     return divergence, entropy, student.entropy, None, student.lse, student.cross_entropy
+
+
+def _student_row(problem: Problem, columns: Columns, wants_rest: bool, inplace: bool) -> StudentRow:
+    rows, shards, backend = problem.rows, problem.shards, problem.backend
+    if shards is None:
+        return student_row(rows, columns, wants_rest, inplace, backend)
+    from .sparse_shards import sharded_student_row  # see sharding.py
+
+    return sharded_student_row(rows, columns, shards, wants_rest, inplace, backend)
 
 
 def _log_p(teacher: _TeacherRows, model: _Model, exponent: float | Tensor, empty: Tensor) -> Tensor:
@@ -245,7 +257,8 @@ def teacher_topk(
         k: in 1..V.
         temperature: > 0, of logprobs and lse; give it to the loss as teacher_temperature.
         entropy_temperature: > 0, of the entropy; the loss's own must be the same.
-        process_group: not in this version.
+        process_group: logits are this rank's shard of the vocabulary, as for `ea_kd_loss`; k and ids are of all of it,
+            and of equal logits the lower rank's come first. DTensors need no group.
 
     Returns:
         (ids, logprobs, entropy, lse), detached: ids [..., k] int64 and logprobs [..., k], the likeliest first, with
@@ -254,7 +267,6 @@ def teacher_topk(
 
     Raises:
         TypeError, ValueError: an argument is not as above.
-        NotImplementedError: process_group.
 
     One sweep over the logits beside torch.topk's own.
     """
@@ -263,17 +275,22 @@ def teacher_topk(
     problem = validate(logits, None, None, options, False)
     if isinstance(k, bool) or not isinstance(k, int | torch.SymInt):
         raise TypeError(f"k must be an int, got {type(k).__name__} {k!r}")
-    if not 1 <= k <= logits.shape[-1]:
-        raise ValueError(f"k must be in 1..{logits.shape[-1]}, the columns of logits, got {k}")
+    shards, backend = problem.shards, problem.backend
+    columns = logits.shape[-1] if shards is None else shards.vocab_size
+    if not 1 <= k <= columns:
+        raise ValueError(f"k must be in 1..{columns}, the columns of logits, got {k}")
     rows = problem.rows._replace(student_logits=problem.rows.teacher_logits)
+    if shards is not None:
+        from .sparse_shards import sharded_topk  # see sharding.py
+
+        return sharded_topk(rows, k, shards, backend)
     largest, ids = rows.student_logits.topk(k, dim=-1)
-    if problem.backend == "reference":
+    if backend == "reference":
         from .backends import reference
 
         _, entropy, _, lse, _, _ = reference.statistics(rows)
         return ids, largest.to(lse.dtype) / temperature - lse[..., None], entropy, lse
-    statistics = ops.row_statistics(*rows, False, problem.backend)
-    centre, total = normaliser(statistics, False)
-    logprobs = (largest.to(total.dtype) - centre[..., None]) / temperature - total.log()[..., None]
-    fields = named(statistics, False)
-    return ids, logprobs, fields["teacher_entropy"], fields["teacher_lse"]
+    statistics = ops.row_statistics(*rows, False, backend)
+    member = torch.ones_like(ids, dtype=torch.bool)
+    entropy, lse, _, logprobs, _ = student_fields(rows, member, largest, statistics, None)
+    return ids, logprobs, entropy, lse

@@ -127,6 +127,13 @@ def _shares(sums: Tensor, maxima: Tensor, largest: Tensor, temperature) -> tuple
     return total, torch.where(none, -torch.inf, logs - total)
 
 
+def merged_normalisers(maxima: Tensor, sums: Tensor, temperature) -> tuple[Tensor, Tensor]:
+    """(M, sum exp((x - M)/temperature)) of whole rows from those of shards; a sum of 0 where there is nothing."""
+    largest = _largest(maxima, sums)
+    total, _ = _shares(sums, maxima, largest, temperature)
+    return largest, total.exp()
+
+
 def _average(log_shares: Tensor, values: Tensor) -> Tensor:
     """Over shards; one without a share counts for nothing, whatever its value is."""
     shares = log_shares.exp()

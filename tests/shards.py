@@ -27,16 +27,21 @@ def upstream_of(values):
     return torch.linspace(0.5, 1.5, values.numel(), dtype=values.dtype).reshape(values.shape)
 
 
+def tensors_of(teacher, columns=slice(None)):
+    """What a teacher is passed as: some columns of its logits; or, if it is a tuple, ids and log-probabilities."""
+    return teacher if isinstance(teacher, tuple) else (teacher[..., columns].clone(),)
+
+
 def sharded(widths, function, student, teacher, labels, options):
     """This rank's part of a call on shards: what a process is asked to do."""
     columns = own_columns(widths)
-    student, teacher = student[..., columns].clone().requires_grad_(), teacher[..., columns].clone()
+    student, teacher = student[..., columns].clone().requires_grad_(), tensors_of(teacher, columns)
     options = {**options, "process_group": dist.group.WORLD}
     temperature = options.get("temperature")
     if torch.is_tensor(temperature):
         options["temperature"] = temperature = temperature.detach().clone().requires_grad_(temperature.requires_grad)
     with Collectives() as forward:
-        loss, stats = function(student, teacher, labels, return_stats=True, **options)
+        loss, stats = function(student, *teacher, labels, return_stats=True, **options)
     with Collectives() as backward:
         (loss * upstream_of(loss)).sum().backward()
     return {
@@ -52,7 +57,7 @@ def sharded(widths, function, student, teacher, labels, options):
 
 def whole(function, student, teacher, labels, options):
     student = student.clone().requires_grad_()
-    loss, stats = function(student, teacher, labels, return_stats=True, **options)
+    loss, stats = function(student, *tensors_of(teacher), labels, return_stats=True, **options)
     (loss * upstream_of(loss)).sum().backward()
     return loss.detach(), stats, student.grad
 
@@ -68,7 +73,7 @@ def assert_close(got, want, bound=1e-6, name="it"):
 
 def check(world, widths, student, teacher, labels, options, function=ea_kd_loss, backend="cpu", collectives=1):
     options = {"backend": backend, **options}
-    student, teacher = student.detach(), teacher.detach()
+    student = student.detach()
     answers = world(len(widths)).run(sharded, widths, function, student, teacher, labels, options)
     loss, stats, gradient = whole(function, student, teacher, labels, options)
     for answer in answers:
