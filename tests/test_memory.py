@@ -11,6 +11,7 @@ from support import make_logits
 from eakd_kernels import available_backends, ea_kd_loss
 
 BYTES_PER_ROW = 64
+SCALARS = 32  # bytes, whatever the number of rows
 
 
 def saved_bytes(loss_of):
@@ -40,9 +41,9 @@ def test_retained_between_forward_and_backward(dtype, options, kernels):
     for mine in (student, teacher, labels):  # the caller's, kept by reference
         storages.pop(mine.untyped_storage().data_ptr(), None)
     gradient = student.numel() * student.element_size()
-    assert sum(storages.values()) <= gradient + BYTES_PER_ROW * rows
+    assert sum(storages.values()) <= gradient + BYTES_PER_ROW * rows + SCALARS
     if dtype == torch.float16 or options.keys() & {"reduction", "detach_weights"} or "weight_norm" in options:
-        assert sum(storages.values()) <= BYTES_PER_ROW * rows
+        assert sum(storages.values()) <= BYTES_PER_ROW * rows + SCALARS
 
 
 # The profiler of torch does not see inside an operator, so the peak is read off the process. VmHWM is reset first.
