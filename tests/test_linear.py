@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 from support import interpreted
+from torch.utils.checkpoint import checkpoint
 
 from eakd_kernels import (
     FusedLinearEAKDLoss,
@@ -240,6 +241,21 @@ def test_fp16_gradients_survive_a_loss_scale():
     gradients = torch.autograd.grad(loss, (hidden, weight))
     dense = ea_kd_loss(hidden.float() @ weight.float().T, other.float() @ head.float().T, kd_weight=1e-6) * 2.0**16
     assert_close(gradients, torch.autograd.grad(dense, (hidden, weight)), 2e-3)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_compiled_and_checkpointed(recompute):
+    """torch.compile goes around it; a checkpoint runs it again."""
+    (hidden, weight, _), (other, head, _) = tensors()
+
+    def loss(hidden, weight):
+        return fused_linear_ea_kd_loss(2 * hidden, weight, other, head, recompute=recompute)
+
+    wanted = torch.autograd.grad(loss(hidden, weight), (hidden, weight))
+    compiled = torch.autograd.grad(torch.compile(loss)(hidden, weight), (hidden, weight))
+    again = torch.autograd.grad(checkpoint(loss, hidden, weight, use_reentrant=False), (hidden, weight))
+    assert_close(compiled, wanted, 1e-6)
+    assert_close(again, wanted, 1e-6)
 
 
 def test_module_keeps_options():
