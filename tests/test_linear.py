@@ -73,6 +73,8 @@ OPTIONS = {
     "statistics": dict(return_stats=True, labels=LABELS),
 }
 
+ON_EVERY_BACKEND = ("plain", "labels", "mask", "mean weights", "learnt temperature of rows", "standardised")
+
 
 def loss_and_gradients(function, inputs, **options):
     """Of a scalar in which every row's loss has a factor of its own."""
@@ -116,8 +118,9 @@ def both(dtype, option, backend="auto", form="hidden", **how):
 @pytest.mark.parametrize("option", OPTIONS)
 @pytest.mark.parametrize("dtype", TOLERANCES)
 def test_equals_the_dense_call(dtype, option, recompute, backend):
-    if interpreted(backend) and dtype != torch.float32:
-        pytest.skip("the interpreter is slow, and the logits are fp32 either way")
+    slow = interpreted(backend) or (backend == "cuda" and not torch.cuda.is_available())
+    if slow and (dtype != torch.float32 or option not in ON_EVERY_BACKEND):
+        pytest.skip("chunks are made alike for all backends, and an interpreter or emulator is slow")
     if dtype == torch.float64 and backend not in ("cpu", "reference"):
         pytest.skip("no fp64 there")
     assert_close(*both(dtype, option, backend, chunk_rows=4, recompute=recompute), TOLERANCES[dtype])
@@ -300,7 +303,7 @@ MEASURE = """
 import torch
 from eakd_kernels import fused_linear_ea_kd_loss
 torch.set_num_threads(1)
-H, V, N = 256, 49152, {rows}
+H, V, N = 32, 49152, {rows}
 x, w = torch.randn(N, H, requires_grad=True), torch.randn(V, H, requires_grad=True)
 y, head = torch.randn(N, H), torch.randn(V, H)
 fused_linear_ea_kd_loss(x, w, y, head, recompute={recompute}).backward()
@@ -311,7 +314,7 @@ print(__import__("resource").getrusage(__import__("resource").RUSAGE_SELF).ru_ma
 @pytest.mark.slow
 @pytest.mark.parametrize("recompute", [False, True])
 def test_memory_does_not_grow_with_rows(recompute):
-    """512 rows more are 100 MB more of logits, and must not be there; hidden states and their gradient are 1 MB."""
+    """512 rows more are 100 MB more of logits, and must not be there."""
     peak = [
         int(subprocess.check_output([sys.executable, "-c", MEASURE.format(rows=rows, recompute=recompute)]))
         for rows in (512, 1024)

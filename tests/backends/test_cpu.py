@@ -20,7 +20,7 @@ from eakd_kernels import _C
 
 TESTS = Path(__file__).parent.parent
 CAPABILITIES = {"default": "default", "avx2": "avx2", "avx512": "avx512"}
-SUITE = [f"test_{name}.py" for name in ("functional", "edges", "conformance", "divergences", "recipes", "methods")]
+SUITE = [f"test_{name}.py" for name in ("functional", "edges", "conformance", "divergences", "recipe_edges", "methods")]
 
 
 def rows_of(*shape, tau=2.0, t=3.0, **options):

@@ -16,7 +16,6 @@ from .row_result import RowResult
 from .row_state import LN_2, LOG2_E, NO_HARD, centre
 
 INFINITY = tl.constexpr(float("inf"))
-NAN = tl.constexpr(float("nan"))
 
 
 @triton.jit
@@ -67,9 +66,10 @@ def label_odds(label, my, mz, B0, D0, k_b, k_d):
     """my, mz: what the exponents of the rest, whose sums are B0 and D0, are about."""
     unbiased, d = (label.teacher - my) * k_b, (label.student - mz) * k_d
     b = unbiased + label.bias * LOG2_E
-    wrong = (b == INFINITY) | (d == INFINITY)
-    odds_p = tl.where(wrong, NAN, tl.where(b == -INFINITY, b, b * LN_2 - tl.log(B0)))
-    odds_q = tl.where(wrong, NAN, tl.where(d == -INFINITY, d, d * LN_2 - tl.log(D0)))
+    # No global constant can be NaN: it would not equal itself when Triton looks whether it has changed.
+    wrong = tl.where((b == INFINITY) | (d == INFINITY), INFINITY, 0.0) * 0.0
+    odds_p = tl.where(b == -INFINITY, b, b * LN_2 - tl.log(B0)) + wrong
+    odds_q = tl.where(d == -INFINITY, d, d * LN_2 - tl.log(D0)) + wrong
     # The difference of whichever is small, so that nothing cancels at p_k -> 1.
     high = (odds_p > 0) & (odds_q > 0)
     sign = tl.where(high, -1.0, 1.0)
