@@ -48,7 +48,7 @@ class _Call(NamedTuple):
     student: Head  # [N, H]
     teacher: Teacher  # [N, ...]
     labels: Tensor | None  # [N]
-    options: Options  # type: ignore[valid-type]
+    options: Options
     problem: Problem  # of all rows in their leading shape; its logits are of their shape alone
     kept: Tensor | None  # numbers of the rows kept; None: all
     chunk: int
