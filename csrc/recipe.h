@@ -80,6 +80,13 @@ struct Recipe {
   // Whether h is -p, so that the gradient needs no logarithms.
   EAKD_HD bool is_linear() const { return is_kl() && second_of_columns() == 0; }
   EAKD_HD bool wants_values(bool pulls) const { return pulls || !is_kl(); }
+  // AlphaBeta that loses few digits to the terms of AlphaBetaTerms: they cancel, and are 1/(a b) and V^(1 - a - b)
+  // large.
+  EAKD_HD bool suits_terms() const {
+    const double a = first, b = second;
+    return divergence == kAlphaBeta && a >= 0.2 && b >= 0.2 && a + b > 0.85 && a + b <= 2 &&
+           standardize == kNoStandardize;
+  }
   EAKD_HD int fields(bool slopes) const { return kNumRecipeFields + count * kNumTauFields + (slopes ? 2 : 0); }
 };
 
@@ -149,6 +156,28 @@ EAKD_HD void rescale_moments(T by, T* sum, T* first, T* second) {
   *second = factor * (*second + by * (2 * *first + by * *sum));
   *first = factor * (*first + by * *sum), *sum *= factor;
 }
+
+// AlphaBeta term by term, with s = a + b:
+//     a b f = a/s p^s + b/s q^s - p^a q^b,    a h = q^s - p^a q^b
+// Where divergence.h's formula asks which of p and q is larger, so that nothing cancels, this one has three
+// exponentials of the exponents b, d about any centres; it is as exact as the same formula in PyTorch. k_a + k_b is k_s
+// to the last bit: what one term is off has to cancel with what the others are.
+template <typename T>
+struct AlphaBetaTerms {
+  T k_a, k_b, k_s;  // times log2(e)/tau
+  T f_p, f_q, f_both, h_q, h_both;
+
+  AlphaBetaTerms() = default;
+  // k: log2(e)/tau. log2_B0, log2_D0: of the sums about the same centres.
+  EAKD_HD AlphaBetaTerms(const Recipe& recipe, double k, double log2_B0, double log2_D0) {
+    const double a = recipe.first, b = recipe.second, s = a + b;
+    k_s = T(s * k), k_a = T(T(a * k) + k_s) - k_s, k_b = k_s - k_a;  // multiples of the last bit of k_s
+    const double by_p = log2_B0 / k, by_q = log2_D0 / k;             // the powers as they were rounded
+    const double of_p = pow2(-k_s * by_p), of_q = pow2(-k_s * by_q), of_both = pow2(-k_a * by_p - k_b * by_q);
+    f_p = T(of_p / (b * s)), f_q = T(of_q / (a * s)), f_both = T(-of_both / (a * b));
+    h_q = T(of_q / a), h_both = T(-of_both / a);
+  }
+};
 
 // A row after its sweeps.
 template <typename T>

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from support import leaf, make_logits
+from support import assert_gradient_within_rounding, leaf, make_logits
 
 from eakd_kernels import divergences as d
-from eakd_kernels import ea_dkd_loss, ea_kd_loss
+from eakd_kernels import distill_stats, ea_dkd_loss, ea_kd_loss
 
 WIDE = 4500  # several blocks of any instruction set, several tiles of Triton's
 EVERY = [
@@ -135,3 +135,25 @@ def test_weights_of_a_mixture_near_0_and_1(divergence, kernels):
     exact = ea_kd_loss(student.double(), teacher.double(), **options, backend="reference")
     got = ea_kd_loss(student, teacher, **options, backend=kernels)
     assert torch.allclose(got.double(), exact, rtol=6e-6, atol=5e-8)
+
+
+@pytest.mark.parametrize("call", ["statistics", "one pass"])
+@pytest.mark.parametrize("divergence", [*EVERY, d.AlphaBeta(0.5, 0.5), d.AlphaBeta(1.8, 0.2)], ids=str)
+def test_gradient_of_peaked_rows(divergence, call, kernels):
+    """p_k and q_k near 1, where h_k and sum h nearly cancel: both have to come from the same normalisers."""
+    student, teacher = logits_of(16, 100)
+    student[:, 3] += 22
+    teacher[:, 3] += 25
+
+    def gradient(dtype, backend):
+        z, y = leaf(student, dtype), teacher.to(dtype)
+        if call == "statistics":
+            loss = distill_stats(z, y, divergence=divergence, backend=backend).divergence.sum()
+        else:
+            loss = ea_kd_loss(z, y, divergence=divergence, backend=backend, weighting="none", reduction="sum")
+        return torch.autograd.grad(loss, z)[0]
+
+    exact, eager = gradient(torch.float64, "reference"), gradient(torch.float32, "reference")
+    # h_k, of terms up to 5 where AlphaBeta has the power 0.2, counts 1 - q_k times.
+    terms = 5 * (1 - student.double().softmax(-1)[:, 3]).max()
+    assert_gradient_within_rounding(gradient(torch.float32, kernels), exact, eager, terms)

@@ -46,6 +46,8 @@ class RecipeColumns {
     if (job.per_row) set_temperatures(row);
     pair.emplace(job.rows, row);
     filled_ = kept_h_ = false;
+    for (KnownFactors& known : known_)
+      known.b = NAN;
     labelled = pair->label >= 0 && pair->label < count;
     set_scales(0, 0);
   }
@@ -108,6 +110,10 @@ class RecipeColumns {
 
   // One loop for both temperatures' sums, with one exponential for both where they allow it.
   bool fuses() const { return recipe.count == 1 && recipe.standardize == kNoStandardize && job.class_bias == nullptr; }
+  // AlphaBeta term by term; fp64 is for those who want every digit.
+  bool takes_terms() const {
+    return sizeof(T) == sizeof(float) && recipe.suits_terms() && job.class_bias == nullptr && !job.pulls();
+  }
   // Several temperatures of KL(p || q): one loop for all that share a base.
   bool shares_loops() const {
     return recipe.count > 1 && recipe.is_linear() && recipe.standardize == kNoStandardize &&
@@ -122,8 +128,9 @@ class RecipeColumns {
 
   // Where 2^(x/base) of a block is, or goes.
   T* base_room(Side side, int base, int64_t begin) const {
-    return keeps() ? kept_ + (2 * base + side) * row_room_ + begin
-                   : scratch[side == kTeacher ? kBaseTeacher : kBaseStudent];
+    const bool read_again = side == kStudent || !takes_terms();
+    return keeps() && read_again ? kept_ + (2 * base + side) * row_room_ + begin
+                                 : scratch[side == kTeacher ? kBaseTeacher : kBaseStudent];
   }
   // Where h of a temperature stays between values and gradient; null where there is no room.
   T* room_for_h(int k, int64_t begin) const {
@@ -143,12 +150,20 @@ class RecipeColumns {
 
   // raised: with 2^b and 2^d themselves.
   RecipeBlock<T> block_at(int k, int64_t begin, int64_t n, bool raised) {
+    RecipeBlock<T> block = logits_at(k, begin, n);
     raised = raised || bias_ != nullptr;
     const int base = bases.of[k];
+    block.eb = raised ? exponentials(kTeacher, k, begin, n) : base_exponentials(kTeacher, base, begin, n);
+    block.ed = raised ? exponentials(kStudent, k, begin, n) : base_exponentials(kStudent, base, begin, n);
+    if (!raised) block.power = bases.power[k];
+    return block;
+  }
+  // Without exponentials.
+  RecipeBlock<T> logits_at(int k, int64_t begin, int64_t n) const {
     return {x[kTeacher] + begin,
             x[kStudent] + begin,
-            raised ? exponentials(kTeacher, k, begin, n) : base_exponentials(kTeacher, base, begin, n),
-            raised ? exponentials(kStudent, k, begin, n) : base_exponentials(kStudent, base, begin, n),
+            nullptr,
+            nullptr,
             bias_ == nullptr ? nullptr : bias_ + begin,
             n,
             centre(kTeacher, begin),
@@ -158,16 +173,35 @@ class RecipeColumns {
             T(std::min(inverse_[kTeacher], inverse_[kStudent]) / taus[k]),
             T(std::max(inverse_[kTeacher] - inverse_[kStudent], 0.0) / taus[k]),
             T(std::max(inverse_[kStudent] - inverse_[kTeacher], 0.0) / taus[k]),
-            raised ? 1 : bases.power[k]};
+            1};
   }
 
-  // About a block's centres, from a temperature's sums about My and Mz.
-  Normalisers<T> normalisers(int k, int64_t begin, double B0, double D0, double My, double Mz) const {
+  // Normalisers of a temperature from its sums about My and Mz, and what follows from them.
+  struct Factors {
+    Normalisers<T> normalisers;
+    AlphaBetaTerms<T> terms;  // where takes_terms()
+  };
+  // About a block's centres. Most blocks have the last one's, which saves some powers and logarithms.
+  const Factors& factors(int k, int64_t begin, double B0, double D0, double My, double Mz) {
     const double b = (centre(kTeacher, begin) - about(My)) * scales[kTeacher].tau[k];
     const double d = (centre(kStudent, begin) - about(Mz)) * scales[kStudent].tau[k];
+    KnownFactors& known = known_[k];
+    if (known.b == b && known.d == d && known.B0 == B0 && known.D0 == D0) return known.factors;
     const double log2_B0 = B0 == 0 ? 0 : std::log2(B0) - b, log2_D0 = D0 == 0 ? 0 : std::log2(D0) - d;
-    return {T(B0 == 0 ? 0 : pow2(b) / B0), T(D0 == 0 ? 0 : pow2(d) / D0), T(log2_B0), T(log2_D0),
-            T((log2_D0 - log2_B0) * kLn2)};
+    known.b = b, known.d = d, known.B0 = B0, known.D0 = D0;
+    known.factors.normalisers = {T(B0 == 0 ? 0 : pow2(b) / B0), T(D0 == 0 ? 0 : pow2(d) / D0), T(log2_B0), T(log2_D0),
+                                 T((log2_D0 - log2_B0) * kLn2)};
+    if (takes_terms()) known.factors.terms = AlphaBetaTerms<T>(recipe, scales[kTeacher].tau[k], log2_B0, log2_D0);
+    return known.factors;
+  }
+
+  // Where the loop that makes a block's gradient may write it; null: not as it is.
+  T* place_of_gradient(int64_t begin) const {
+    const LogitsView& view = job.rows.gradient;
+    T* const p = reinterpret_cast<T*>(pair->gradient) + begin;
+    const bool native = view.storage == kNative && view.vocab_stride == 1 && block_columns(begin) % 16 == 0;
+    const bool aligned = !job.rows.gradient_past_caches || reinterpret_cast<uintptr_t>(p) % 64 == 0;
+    return native && aligned && !job.rows.gradient_over_student && recipe.count == 1 ? p : nullptr;
   }
 
   LabelColumn<double> label() const {
@@ -188,15 +222,15 @@ class RecipeColumns {
 
  private:
   static constexpr int64_t kPadding = 64;
+  static constexpr Storage kNative = sizeof(T) == 8 ? Storage::kDouble : Storage::kFloat;
   static int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
   // A few megabytes a thread; beyond, exponentials are computed again in every sweep.
   bool keeps() const { return count * (recipe.count + 1) <= 4 * kMaxKeptColumns; }
 
   bool lies_ready(const LogitsView& view, double scale, double cap) const {
-    const bool native = view.storage == (sizeof(T) == 8 ? Storage::kDouble : Storage::kFloat);
-    return native && view.vocab_stride == 1 && scale == 1 && cap == 0 && !(recipe.decoupled() && labelled) &&
-           count == whole_vectors(count);
+    return view.storage == kNative && view.vocab_stride == 1 && scale == 1 && cap == 0 &&
+           !(recipe.decoupled() && labelled) && count == whole_vectors(count);
   }
 
   void set_class_bias() {
@@ -235,6 +269,10 @@ class RecipeColumns {
   T *room_[2], *centres_[2], *kept_, *bias_ = nullptr, *weights_ = nullptr;
   int64_t row_room_;
   double inverse_[2], label_[2];
+  struct KnownFactors {
+    double b, d, B0, D0;
+    Factors factors;
+  } known_[kMostTemperatures];
   bool filled_ = false, kept_h_ = false;
 };
 

@@ -17,7 +17,7 @@ struct SideSums {
 template <typename T>
 struct RecipeBlock {
   const T *y, *z;    // logits
-  const T *eb, *ed;  // 2^b, 2^d, or what they are the `power`-th powers of
+  const T *eb, *ed;  // 2^b, 2^d, or what they are the `power`-th powers of; null: not asked for
   const T* bias;     // log2 of the class weights; null: none
   int64_t n;         // whole vectors
   T my, mz;          // centres
@@ -53,7 +53,15 @@ struct OwnGradient {
   RecipeBasis<T> basis;
   T mz, k_t;     // of the entropy's exponents and of the hard ones
   T scale, cap;  // of the student's logits; cap 0: none
+
+  // Whether that is the gradient in u itself, but for the label's column.
+  bool keeps() const {
+    return basis.inverse == 1 && basis.linear == 0 && basis.entropy == 0 && basis.hard == 0 && scale == 1 && cap == 0;
+  }
 };
+
+// How the gradient's columns are written: added to what is there, over it, or past the caches.
+enum class Write { kAdd, kSet, kStream };
 
 template <typename T>
 struct RecipeKernels {
@@ -79,13 +87,17 @@ struct RecipeKernels {
   void (*kl_sums)(TauSums<double>&, const RecipeBlock<T>&, bool forward, bool reverse);
   // keep_h: [n], where h is to stay; null: nowhere
   void (*values)(TauSums<double>&, const RecipeBlock<T>&, const Normalisers<T>&, const Recipe&, bool pulls, T* keep_h);
+  // As `values`, of logits alone.
+  void (*alpha_beta_values)(TauSums<double>&, const RecipeBlock<T>&, const AlphaBetaTerms<T>&, T* keep_h);
   // S 2^d (z - y), both about their centres
   double (*reverse_sum)(const T* y, const T* z, const T* ed, int64_t n, T my, T mz);
-  // g += c h_j + q q_j; kept_h: where `values` left h, or null; first: nothing is in g yet
+  // g += c h_j + q q_j; kept_h: where `values` left h, or null
   void (*add_gradient)(T* g, const RecipeBlock<T>&, const Normalisers<T>&, const Recipe&, T c, T q, const T* kept_h,
-                       bool first);
+                       Write write);
+  // g += c h_j + q ed_j
+  void (*add_alpha_beta_gradient)(T* g, const RecipeBlock<T>&, const AlphaBetaTerms<T>&, T c, T q, Write write);
   // g += S over powers of p eb^P + q ed^P
-  void (*add_power_gradient)(T* g, const RecipeBlock<T>&, const PowerFactors<T>&, bool first);
+  void (*add_power_gradient)(T* g, const RecipeBlock<T>&, const PowerFactors<T>&, Write write);
   void (*finish_gradient)(T* g, const T* z, int64_t n, const OwnGradient<T>&);
   void (*store)(const LogitsView&, char* row, int64_t column, int64_t n, const T* from, bool past_caches);
 };

@@ -241,22 +241,56 @@ void values(TauSums<double>& s, const RecipeBlock<T>& block, const Normalisers<T
   });
 }
 
+template <typename T>
+struct AlphaBetaColumn {
+  Vec<T> p_s, q_s, both;
+
+  EAKD_HD AlphaBetaColumn(const RecipeBlock<T>& block, const AlphaBetaTerms<T>& by, int64_t i) {
+    const Vec<T> y = load(block.y + i) - block.my, z = load(block.z + i) - block.mz;
+    p_s = exp2_any<T>(y * by.k_s), q_s = exp2_any<T>(z * by.k_s), both = exp2_any<T>(y * by.k_a + z * by.k_b);
+  }
+  EAKD_HD Vec<T> h(const AlphaBetaTerms<T>& by) const { return by.h_q * q_s + by.h_both * both; }
+};
+
+// By value: a loop that stores would ask for every field again.
+template <typename T>
+void add_alpha_beta_values(TauSums<double>& s, RecipeBlock<T> block, AlphaBetaTerms<T> by, T* keep_h) {
+  Vec<T> f{}, h{};
+  for (int64_t i = 0; i < block.n; i += kLanes) {
+    const AlphaBetaColumn<T> c(block, by, i);
+    const Vec<T> pull = c.h(by);
+    f += by.f_p * c.p_s + (by.f_q * c.q_s + by.f_both * c.both), h += pull;
+    if (keep_h != nullptr) store(keep_h + i, pull);
+  }
+  s.f += sum<T>(f), s.h += sum<T>(h);
+}
+
+template <typename T>
+void alpha_beta_values(TauSums<double>& s, const RecipeBlock<T>& block, const AlphaBetaTerms<T>& by, T* keep_h) {
+  add_alpha_beta_values<T>(s, block, by, keep_h);
+}
+
 // value(i): what goes into the gradient of the columns from i on.
 template <typename T, typename Value>
-void add_columns(T* g, int64_t n, bool first, const Value& value) {
-  if (first)
+void add_columns(T* g, int64_t n, Write write, const Value& value) {
+  if (write == Write::kStream) {
+    for (int64_t i = 0; i < n; i += kLanes)
+      stream(g + i, value(i));
+    stream_fence();
+  } else if (write == Write::kSet) {
     for (int64_t i = 0; i < n; i += kLanes)
       store(g + i, value(i));
-  else
+  } else {
     for (int64_t i = 0; i < n; i += kLanes)
       store(g + i, load(g + i) + value(i));
+  }
 }
 
 // forward and reverse: of KL(p || q) and KL(q || p).
 template <bool PLAIN, bool FORWARD, typename T>
 void add_kl_gradient(T* g, const RecipeBlock<T>& block, const Normalisers<T>& by, T forward, T reverse, T q,
-                     bool first) {
-  add_columns(g, block.n, first, [=](int64_t i) {
+                     Write write) {
+  add_columns(g, block.n, write, [=](int64_t i) {
     const Column<Vec<T>> column = column_at(block, by, Exponents<PLAIN, T>(block, i), i);
     // q_j's two factors together, because they nearly cancel
     const Vec<T> of_q = times(column.q, Vec<T>(reverse * (T(1) - column.delta) + q));
@@ -266,25 +300,25 @@ void add_kl_gradient(T* g, const RecipeBlock<T>& block, const Normalisers<T>& by
 
 template <typename T>
 void add_gradient(T* g, const RecipeBlock<T>& block, const Normalisers<T>& by, const Recipe& recipe, T c, T q,
-                  const T* kept_h, bool first) {
+                  const T* kept_h, Write write) {
   const T a = T(recipe.first_of_columns()), b = T(recipe.second_of_columns()), by_D0 = q * by.inverse_D0;
   if (c == 0 || (recipe.is_kl() && b == 0)) {  // h = -p, that of KL(p || q)
     const T p = c == 0 ? T(0) : -c * a * by.inverse_B0;
     return with_power(block.power, [&](auto power_of) {
       constexpr int P = decltype(power_of)::value;
-      add_columns(g, block.n, first,
+      add_columns(g, block.n, write,
                   [=](int64_t i) { return by_D0 * power<P>(load(block.ed + i)) + p * power<P>(load(block.eb + i)); });
     });
   }
   if (kept_h != nullptr)
-    return add_columns(g, block.n, first, [=](int64_t i) { return c * load(kept_h + i) + by_D0 * load(block.ed + i); });
+    return add_columns(g, block.n, write, [=](int64_t i) { return c * load(kept_h + i) + by_D0 * load(block.ed + i); });
   if (recipe.is_kl()) {
     const auto add = block.is_plain() ? (a == 0 ? add_kl_gradient<true, false, T> : add_kl_gradient<true, true, T>)
                                       : add_kl_gradient<false, true, T>;
-    return add(g, block, by, c * a, c * b, q, first);
+    return add(g, block, by, c * a, c * b, q, write);
   }
   with_loop_of(recipe, [&](auto kind) {
-    add_columns(g, block.n, first, [=](int64_t i) {
+    add_columns(g, block.n, write, [=](int64_t i) {
       const Column<Vec<T>> column = column_at(block, by, Exponents<false, T>(block, i), i);
       const Vec<T> h = terms<decltype(kind)::value, VectorMath<T>>(column, a, b).h;
       return c * h + q * column.q;
@@ -293,8 +327,14 @@ void add_gradient(T* g, const RecipeBlock<T>& block, const Normalisers<T>& by, c
 }
 
 template <typename T>
-void add_power_gradient(T* g, const RecipeBlock<T>& block, const PowerFactors<T>& by, bool first) {
-  add_columns(g, block.n, first, [=](int64_t i) {
+void add_alpha_beta_gradient(T* g, const RecipeBlock<T>& block, const AlphaBetaTerms<T>& by, T c, T q, Write write) {
+  add_columns(g, block.n, write,
+              [=](int64_t i) { return c * AlphaBetaColumn<T>(block, by, i).h(by) + q * load(block.ed + i); });
+}
+
+template <typename T>
+void add_power_gradient(T* g, const RecipeBlock<T>& block, const PowerFactors<T>& by, Write write) {
+  add_columns(g, block.n, write, [=](int64_t i) {
     const Vec<T> uy = load(block.eb + i), uz = load(block.ed + i);
     Vec<T> p = splat(by.p[kMostPower]), q = splat(by.q[kMostPower]);
 #pragma GCC unroll 6
@@ -307,7 +347,7 @@ void add_power_gradient(T* g, const RecipeBlock<T>& block, const PowerFactors<T>
 template <typename T>
 void finish_gradient(T* g, const T* z, int64_t n, const OwnGradient<T>& own) {
   const RecipeBasis<T>& c = own.basis;
-  if (c.inverse == 1 && c.linear == 0 && c.entropy == 0 && c.hard == 0 && own.scale == 1 && own.cap == 0) return;
+  if (own.keeps()) return;
   for (int64_t i = 0; i < n; i += kLanes) {
     const Vec<T> x = load(z + i), step = x - own.mz;
     const auto masked = x == -T(INFINITY);
@@ -353,8 +393,10 @@ constexpr RecipeKernels<T> recipe_kernels = {kBlock,
                                              power_sums<T>,
                                              kl_sums<T>,
                                              values<T>,
+                                             alpha_beta_values<T>,
                                              reverse_sum<T>,
                                              add_gradient<T>,
+                                             add_alpha_beta_gradient<T>,
                                              add_power_gradient<T>,
                                              finish_gradient<T>,
                                              store_recipe_columns<T>};

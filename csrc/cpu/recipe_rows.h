@@ -76,7 +76,7 @@ class RecipeRow {
     row_.each_block([&](int64_t begin, int64_t n) {
       if (!loaded_) load_block(begin), row_.set_centres(begin, sums_.rest_My, sums_.rest_Mz);
       if (row_.fuses())
-        add_fused_sums(begin, n, reverse);
+        add_fused_sums(begin, n, forward, reverse);
       else
         add_sums(begin, n, forward, reverse);
       if (own_hard) {
@@ -109,17 +109,22 @@ class RecipeRow {
       kernels_.kl_sums(sums_.tau[k], row_.block_at(k, begin, n, false), forward, reverse);
   }
 
-  void add_fused_sums(int64_t begin, int64_t n, bool reverse) {
+  // The loop's cross term is S (b - d) 2^b. KL(q || p) alone has it with the sides exchanged.
+  void add_fused_sums(int64_t begin, int64_t n, bool forward, bool reverse) {
+    const bool exchanged = reverse && !forward;
+    const Side one = exchanged ? kStudent : kTeacher, other = exchanged ? kTeacher : kStudent;
     RowState<double> s;
-    s.My = row_.centre(kTeacher, begin), s.Mz = row_.centre(kStudent, begin);
-    T *const eb = row_.base_room(kTeacher, 0, begin), *const ed = row_.base_room(kStudent, 0, begin);
-    const T *const y = row_.x[kTeacher] + begin, *const z = row_.x[kStudent] + begin;
+    s.My = row_.centre(one, begin), s.Mz = row_.centre(other, begin);
+    const T *const y = row_.x[one] + begin, *const z = row_.x[other] + begin;
+    T* const e = row_.base_room(other, 0, begin);
     const Temperatures<double> k(row_.taus[0], job_.t);
-    kernels_.fused_sums(s, y, z, n, k, eb, ed, job_.rows, *row_.pair, begin + kernels_.block);
+    kernels_.fused_sums(s, y, z, n, k, row_.base_room(one, 0, begin), e, job_.rows, *row_.pair, begin + kernels_.block);
     TauSums<double>& sums = sums_.tau[0];
-    if (reverse) sums.Dd += kernels_.reverse_sum(y, z, ed, n, T(s.My), T(s.Mz)) * (kLog2E / row_.taus[0]);
-    sums.B0 += s.B0, sums.D0 += s.D0, sums.Bd += s.Bd;
+    (exchanged ? sums.Dd : sums.Bd) += s.Bd;
+    if (exchanged) std::swap(s.A0, s.E0), std::swap(s.A1, s.E1), std::swap(s.B0, s.D0);
+    sums.B0 += s.B0, sums.D0 += s.D0;
     sums_.A0 += s.A0, sums_.A1 += s.A1, sums_.E0 += s.E0, sums_.E1 += s.E1;
+    if (forward && reverse) sums.Dd += kernels_.reverse_sum(y, z, e, n, T(s.My), T(s.Mz)) * (kLog2E / row_.taus[0]);
   }
 
   // visit(block, the temperatures of one base, how many, the base), for every base that has some.
@@ -157,15 +162,23 @@ class RecipeRow {
     if (!entropies) add_entropy_sums(begin, n);
   }
 
-  Normalisers<T> normalisers(int k, int64_t begin, double B0, double D0) const {
-    return row_.normalisers(k, begin, B0, D0, sums_.rest_My, sums_.rest_Mz);
+  const typename RecipeColumns<T>::Factors& factors(int k, int64_t begin, double B0, double D0) {
+    return row_.factors(k, begin, B0, D0, sums_.rest_My, sums_.rest_Mz);
   }
 
   void add_values() {
     row_.each_block([&](int64_t begin, int64_t n) {
       for (int k = 0; k < recipe_.count; ++k) {
         TauSums<double>& s = sums_.tau[k];
-        kernels_.values(s, row_.block_at(k, begin, n, true), normalisers(k, begin, s.B0, s.D0), recipe_, job_.pulls(),
+        // As the statistics tensor has them: S h and the gradient's h_j, made from those, have to cancel. S h of KL(p
+        // || q) is -1 by itself, so its value may have all digits.
+        const bool exact = recipe_.is_linear();
+        const auto& by = factors(k, begin, exact ? s.B0 : T(s.B0), exact ? s.D0 : T(s.D0));
+        if (row_.takes_terms()) {
+          kernels_.alpha_beta_values(s, row_.logits_at(k, begin, n), by.terms, row_.room_for_h(k, begin));
+          continue;
+        }
+        kernels_.values(s, row_.block_at(k, begin, n, true), by.normalisers, recipe_, job_.pulls(),
                         row_.room_for_h(k, begin));
       }
     });
@@ -189,38 +202,37 @@ class RecipeRow {
   }
 
   void add_power_gradients(int64_t begin, int64_t n, const TauBasis<double>* bases, const double (*tau)[kNumTauFields],
-                           T* g, bool* first) {
+                           T* g, Write* write) {
     each_base(begin, n, [&](const RecipeBlock<T>& block, const int* of_base, int count, int) {
       PowerFactors<T> by{};
       for (int i = 0; i < count; ++i) {
         const int k = of_base[i], P = row_.bases.power[k];  // the same temperature may be there twice
-        const Normalisers<T> over = normalisers(k, begin, tau[k][kRestTeacherSum], tau[k][kRestStudentSum]);
+        const Normalisers<T>& over = factors(k, begin, tau[k][kRestTeacherSum], tau[k][kRestStudentSum]).normalisers;
         by.p[P] -= T(bases[k].c * recipe_.first_of_columns()) * over.inverse_B0;
         by.q[P] += T(bases[k].q) * over.inverse_D0;
       }
-      kernels_.add_power_gradient(g, block, by, *first);
-      *first = false;
+      kernels_.add_power_gradient(g, block, by, *write);
+      *write = Write::kAdd;
     });
+  }
+
+  void add_gradient(int k, int64_t begin, int64_t n, const TauBasis<double>& basis, const double* numbers, T* g,
+                    Write write) {
+    const auto& [by, terms] = factors(k, begin, numbers[kRestTeacherSum], numbers[kRestStudentSum]);
+    const T *kept_h = row_.kept_h(k, begin), c = T(basis.c), q = T(basis.q);
+    if (!row_.takes_terms())
+      return kernels_.add_gradient(g, row_.block_at(k, begin, n, !recipe_.is_linear()), by, recipe_, c, q, kept_h,
+                                   write);
+    RecipeBlock<T> block = row_.logits_at(k, begin, n);
+    block.ed = row_.exponentials(kStudent, k, begin, n);
+    if (kept_h != nullptr && c != 0) return kernels_.add_gradient(g, block, by, recipe_, c, q, kept_h, write);
+    kernels_.add_alpha_beta_gradient(g, block, terms, c, q * by.inverse_D0, write);
   }
 
   void write_block(int64_t begin, const TauBasis<double>* bases, const double (*tau)[kNumTauFields],
                    const OwnGradient<double>& own, double at_label) {
     const int64_t columns = row_.block_columns(begin), n = row_.whole_vectors(columns),
                   label = row_.pair->label - begin;
-    T *g = row_.scratch[row_.kGradient], *z = row_.x[kStudent] + begin;
-    bool first = true;
-    if (row_.shares_loops()) add_power_gradients(begin, n, bases, tau, g, &first);
-    for (int k = 0; k < recipe_.count && !row_.shares_loops(); ++k) {
-      if (bases[k].c == 0 && bases[k].q == 0) continue;
-      const Normalisers<T> by = normalisers(k, begin, tau[k][kRestTeacherSum], tau[k][kRestStudentSum]);
-      kernels_.add_gradient(g, row_.block_at(k, begin, n, !recipe_.is_linear()), by, recipe_, T(bases[k].c),
-                            T(bases[k].q), row_.kept_h(k, begin), first);
-      first = false;
-    }
-    if (first) std::fill(g, g + n, T(0));
-    const bool here = row_.labelled && label >= 0 && label < columns;
-    const double student = row_.label().student;
-    if (here && recipe_.decoupled()) g[label] = T(at_label), z[label] = T(student);
     const RecipeBasis<double>& c = own.basis;
     const OwnGradient<T> rounded = {
         {T(c.inverse), T(c.constant), T(c.linear), T(c.mean), T(c.entropy), T(c.entropy_shift), T(c.hard), T(c.label)},
@@ -228,6 +240,21 @@ class RecipeRow {
         T(own.k_t),
         T(own.scale),
         T(own.cap)};
+    const bool here = row_.labelled && label >= 0 && label < columns;
+    const bool whole = rounded.keeps() && !(here && (recipe_.decoupled() || c.label != 0));
+    T *const place = whole ? row_.place_of_gradient(begin) : nullptr, *const z = row_.x[kStudent] + begin;
+    T* const g = place == nullptr ? row_.scratch[row_.kGradient] : place;
+    Write write = place != nullptr && job_.rows.gradient_past_caches ? Write::kStream : Write::kSet;
+    if (row_.shares_loops()) add_power_gradients(begin, n, bases, tau, g, &write);
+    for (int k = 0; k < recipe_.count && !row_.shares_loops(); ++k) {
+      if (bases[k].c == 0 && bases[k].q == 0) continue;
+      add_gradient(k, begin, n, bases[k], tau[k], g, write);
+      write = Write::kAdd;
+    }
+    if (write != Write::kAdd) std::fill(g, g + n, T(0));
+    if (place != nullptr) return;
+    const double student = row_.label().student;
+    if (here && recipe_.decoupled()) g[label] = T(at_label), z[label] = T(student);
     kernels_.finish_gradient(g, z, n, rounded);
     if (here && own.basis.label != 0) {
       const double share = own.cap == 0 ? 0 : student / own.cap;
