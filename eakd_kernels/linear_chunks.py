@@ -81,7 +81,7 @@ class _Call(NamedTuple):
     def chunks(self) -> Iterator[slice | Tensor]:
         """Numbers of the rows of every chunk."""
         count = len(self.student.hidden) if self.kept is None else len(self.kept)
-        for begin in range(0, max(count, 1), self.chunk):  # one without rows, where there are none
+        for begin in range(0, count, self.chunk):
             rows = slice(begin, min(begin + self.chunk, count))
             yield rows if self.kept is None else self.kept[rows]
 

@@ -64,6 +64,9 @@ def _places(call) -> Iterator[tuple]:
     for chunk, student, teacher in call.logits():
         yield slice(begin, begin + len(student)), chunk, student, teacher
         begin += len(student)
+    if begin == 0:  # a chunk without rows, since ranks meet in every collective
+        empty = call.problem.rows.student_logits.new_empty(0, len(call.student.weight))
+        yield slice(0, 0), slice(0, 0), empty, empty
 
 
 def _chunks(call) -> Iterator[tuple[slice, Tensor | slice, Rows]]:

@@ -57,6 +57,8 @@ class HeadGradient:
 
     def add(self, rows: Tensor | slice, gradient: Tensor) -> None:
         """gradient: [chunk, V] of the logits of these rows; fp32 or fp64."""
+        if len(gradient) == 0:
+            return
         hidden, weight, _ = self.head
         on_units = hidden.is_cuda and gradient.dtype != hidden.dtype == weight.dtype
         if self.bias is not None:

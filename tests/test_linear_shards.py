@@ -111,8 +111,21 @@ def sharded(widths, student, labels, options, block, teacher):
         return call(student, labels, options, own_columns(widths), **teacher)
 
 
-# Of statistics, gradients and a temperature's gradient. Two products of matrices round a logit differently.
-BOUNDS = {torch.float64: (1e-12, 1e-12, 1e-11), torch.float32: (1e-6, 3e-6, 1e-5)}
+def topk_of(teacher, tensors=4):
+    """The first of what teacher_topk returns, with some padding."""
+    hidden, weight = teacher
+    topk = teacher_topk((hidden @ weight.T)[:, :55], 9)
+    topk[0][::2, 0], topk[1][1::4, 2] = -1, -torch.inf
+    return {"topk": topk[:tensors]}
+
+
+# Of statistics, gradients and a temperature's gradient. Two products of matrices round a logit differently, and a sum
+# of gradients in 16 bits is rounded once more.
+BOUNDS = {
+    torch.float64: (1e-12, 1e-12, 1e-11),
+    torch.float32: (1e-6, 3e-6, 1e-5),
+    torch.bfloat16: (1e-6, torch.finfo(torch.bfloat16).eps, 1e-5),
+}
 
 
 def check(world, layout, teacher, case, labels, block=1 << 20, dtype=torch.float32):
@@ -150,6 +163,18 @@ def test_equals_whole_heads_in_fp64(case, world):
     check(world, "4 uneven", {"teacher": teacher}, DENSE[case], positions(ROWS), dtype=torch.float64)
 
 
+@pytest.mark.parametrize("case", ["cross-entropy", "caps and class weights", "JSD"])
+def test_dtypes(case, world):
+    check(world, "4 uneven", {"teacher": make()[1]}, DENSE[case], positions(ROWS), dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize("case", ["cross-entropy", "caps and class weights", "bucket"])
+def test_backends(case, world, kernels):
+    options, collectives = {**DENSE, **SPARSE}[case]
+    teacher = topk_of(make()[1]) if case in SPARSE else {"teacher": make()[1]}
+    check(world, "2 uneven", teacher, ({**options, "backend": kernels}, collectives), positions(ROWS))
+
+
 @pytest.mark.parametrize("case", ["JSD", "hellinger", "standardised"])
 def test_blocks_of_a_chunk(case, world):
     """One row each, which formulas in fp64 are computed for at a time."""
@@ -165,11 +190,8 @@ def test_teachers_as_logits(case, world):
 @pytest.mark.parametrize("layout, dtype", [*((name, torch.float32) for name in LAYOUTS), ("4 uneven", torch.float64)])
 @pytest.mark.parametrize("case", SPARSE)
 def test_sparse_teachers(case, layout, dtype, world):
-    hidden, weight = make(dtype)[1]
-    ids, logprobs, entropy, lse = teacher_topk((hidden @ weight.T)[:, :55], 9)
-    ids[::2, 0], logprobs[1::4, 2] = -1, -torch.inf
-    topk = (ids, logprobs, entropy, lse)[: 2 if case == "renormalize" else 4]  # its own entropy, or the whole teacher's
-    check(world, layout, {"topk": topk}, SPARSE[case], positions(ROWS), dtype=dtype)
+    teacher = topk_of(make(dtype)[1], 2 if case == "renormalize" else 4)  # its own entropy, or the whole teacher's
+    check(world, layout, teacher, SPARSE[case], positions(ROWS), dtype=dtype)
 
 
 # ---- behaviour ---------------------------------------------------------------------------------------------------
