@@ -24,7 +24,10 @@ from .backends import reference
 from .ops import STANDARDIZE, Recipe, Rows, statistics_dtype
 from .sharding import Shards
 
-_BLOCK = 1 << 20  # entries of a block, unless one row has more
+# Entries of a block, unless one row has more. Autograd keeps some forty fp64 tensors of its size; on a CPU smaller ones
+# cost no time, a GPU's work should outlast its launches.
+_BLOCK = {"cpu": 1 << 18}
+_BLOCK_ELSEWHERE = 1 << 20
 
 
 class GivenLogits(NamedTuple):
@@ -311,7 +314,8 @@ class Shard:
 
 def _blocks(rows: slice, *tensors: Tensor) -> Iterator[tuple]:
     """(rows, of every tensor its part) of every block of a chunk."""
-    step = max(_BLOCK // max(tensors[0].shape[1], 1), 1)
+    entries = _BLOCK.get(tensors[0].device.type, _BLOCK_ELSEWHERE)
+    step = max(entries // max(tensors[0].shape[1], 1), 1)
     for first in range(rows.start, rows.stop, step):
         block = slice(first, min(first + step, rows.stop))
         yield block, *(x[first - rows.start : block.stop - rows.start] for x in tensors)

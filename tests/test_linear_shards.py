@@ -107,7 +107,7 @@ def call(student, labels, options, columns=slice(None), *, teacher=(None, None),
 def sharded(widths, student, labels, options, block, teacher):
     options = {**options, "process_group": dist.group.WORLD}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sharded_formulas, "_BLOCK", block)
+        patch.setitem(sharded_formulas._BLOCK, "cpu", block)
         return call(student, labels, options, own_columns(widths), **teacher)
 
 
