@@ -132,7 +132,7 @@ def save(rows: list[Row], path: Path) -> None:
 @torch.no_grad()
 def logits_of_windows(windows: int) -> Iterator[tuple[Tensor, Tensor]]:
     """(student, teacher) [LENGTH, vocab] of one window after the other."""
-    from examples.distill_lm import load_teacher, logits_of, split_text
+    from examples.distill_lm_models import load_teacher, logits_of, split_text
 
     model, tokenizer = load_teacher(torch.float32)
     _, held_out = split_text(tokenizer, LENGTH)

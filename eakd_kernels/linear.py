@@ -50,9 +50,9 @@ def fused_linear_ea_kd_loss(
             until then. Always so for fp16, whose loss scale would come too late, and where one pass cannot run.
         accumulate_in_fp32: sum the weight's gradient over chunks in fp32. False: in the weight's dtype.
         options: those of `ea_kd_loss`, on the logits. With process_group, student_weight, teacher_weight (or
-            teacher_logits) and the biases are this rank's part of the vocabulary, and hidden states are whole on every
-            rank; it takes the KL family without standardize, and always recomputes. The gradient of student_hidden is
-            then this rank's summand, as a column-parallel layer's: sum it over the group.
+            teacher_logits) and the biases are this rank's part of the vocabulary; hidden states, and teacher_topk with
+            its ids of the whole vocabulary, are whole on every rank. It always recomputes. The gradient of
+            student_hidden is then this rank's summand, as a column-parallel layer's: sum it over the group.
 
     Logits are fp32 (fp64 if a tensor is fp64): 16-bit hidden states and weights are multiplied into fp32, and nothing
     is rounded before the softmax. Rows left out are not projected; on a GPU counting the others waits for it. autocast

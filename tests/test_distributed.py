@@ -14,6 +14,7 @@ from torch import nn
 from eakd_kernels import ea_kd_loss, ea_weights, weighting
 
 VOCAB, WIDTH, STEPS = 51, 16, 3
+DEMO_VOCAB = 49152
 OPTIONS = {"temperature": 2.0, "entropy_temperature": 1.0, "ce_weight": 0.1}
 
 
@@ -54,12 +55,12 @@ def kept_by_all(labels):
 # ---- models ------------------------------------------------------------------------------------------------------
 
 
-def train(model, share, loss_of):
+def train(model, share, loss_of, batches=make_batches, optimizer=None, logits_of=lambda model, ids: model(ids)):
     """The losses of all steps, and the parameters after them."""
-    optimizer, losses = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), []
-    for batch in make_batches():
+    optimizer, losses = optimizer or torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), []
+    for batch in batches():
         ids, teacher, labels = (x.chunk(dist.get_world_size())[dist.get_rank()] if share else x for x in batch)
-        loss = loss_of(model(ids), teacher, labels)
+        loss = loss_of(logits_of(model, ids), teacher, labels)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -117,6 +118,66 @@ def test_two_processes_train_as_one(trained, world):
             torch.testing.assert_close(
                 got[name], parameter, rtol=1e-4, atol=1e-6, msg=lambda text, n=name: f"{n}: {text}"
             )
+
+
+# ---- the demo's student ------------------------------------------------------------------------------------------
+
+
+def demo_student(seed):
+    from examples.distill_lm_models import new_student
+
+    return new_student(DEMO_VOCAB, seed)
+
+
+def demo_batches():
+    """(ids, teacher logits, labels) of the demo's vocabulary, with uneven numbers of labels in the two halves."""
+    from examples.distill_lm_models import endless_batches, logits_of, next_tokens
+
+    generator = torch.Generator().manual_seed(1)
+    windows = torch.randint(0, DEMO_VOCAB, (6, 24), generator=generator)
+    teacher = demo_student(seed=2).eval()
+    for ids, _ in zip(endless_batches(windows, 2, seed=0), range(STEPS), strict=False):
+        labels = next_tokens(ids)
+        labels[0, :9] = -100
+        yield ids, 3 * logits_of(teacher, ids).detach(), labels
+
+
+def train_demo(wrapped, share):
+    from examples.distill_lm_models import LOSS_OPTIONS, logits_of, new_optimizer
+
+    def loss_of(student, teacher, labels):
+        count = kept_by_all(labels) if share else None
+        loss = ea_kd_loss(student, teacher, labels, num_items=count, **LOSS_OPTIONS)
+        return loss * dist.get_world_size() if share else loss
+
+    model = wrapped(demo_student(seed=0))
+    return train(model, share, loss_of, demo_batches, new_optimizer(model), logits_of)
+
+
+def in_fsdp(model):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for module in (*model.model.layers, model):
+        fully_shard(module, mesh=mesh)
+    return model
+
+
+@pytest.mark.parametrize("wrapped", [nn.parallel.DistributedDataParallel, in_fsdp], ids=["DDP", "FSDP2"])
+def test_demo_student_trains_on_two_processes_as_on_one(wrapped, world):
+    """Seven million parameters, 49152 tokens, tied embeddings, AdamW."""
+    pytest.importorskip("transformers")
+    answers = world(2).run(train_demo, wrapped, True)
+    losses, parameters = train_demo(lambda model: model, False)
+    shares = torch.stack([answer[0] for answer in answers])
+    torch.testing.assert_close(shares.mean(0), losses, rtol=1e-6, atol=0)
+    start = dict(demo_student(seed=0).named_parameters())
+    for _, got in answers:
+        assert got.keys() == parameters.keys()
+        for name, parameter in parameters.items():
+            way = (parameter - start[name]).norm()
+            assert (got[name] - parameter).norm() <= 1e-4 * way, name
 
 
 # ---- rows --------------------------------------------------------------------------------------------------------
