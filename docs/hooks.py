@@ -101,7 +101,8 @@ def methods_measured() -> str:
 
 
 def _tables(folder: Path) -> str:
-    return "\n\n".join(report.for_readme(report.load(path)) for path in report.latest(folder))
+    tables = "\n\n".join(report.for_readme(report.load(path)) for path in report.latest(folder))
+    return f'<div class="measured" markdown>\n{tables}\n</div>'
 
 
 GENERATED = {function.__name__: function for function in (options, functions, measured, methods_measured)}

@@ -53,11 +53,11 @@ def ea_kd_loss(
     With p = softmax(teacher/tau), q = softmax(student/tau), and entropies H_T, H_S in nats of both softmaxes at the
     entropy temperature t, a row's loss is
 
-        kd_weight * w * tau^2 * D(p, q) + ce_weight * CE(student, label)        w = (H_T + H_T H_S / H_ub)/2
+        kd_weight * w * tau^2 * D(p, q) + ce_weight * CE(student, label)
 
-    with D = KL(p || q) unless `divergence` says otherwise, and rows are averaged; weights are never part of the mean's
-    denominator. Loss and statistics are fp32 whatever the logits' dtype (fp64 if either is fp64); the gradient has the
-    student's dtype. autocast changes nothing.
+    with w = (H_T + H_T H_S / H_ub)/2 and D = KL(p || q) unless `divergence` says otherwise, and rows are averaged;
+    weights are never part of the mean's denominator. Loss and statistics are fp32 whatever the logits' dtype (fp64 if
+    either is fp64); the gradient has the student's dtype. autocast changes nothing.
 
     Args:
         student_logits: [..., V], fp64, fp32, bf16 or fp16.
