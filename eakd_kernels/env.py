@@ -1,4 +1,4 @@
-"""Every EAKD_* environment variable: its name, when it is read, what it does. README's table is this one."""
+"""Every EAKD_* environment variable: its name, when it is read, what it does; docs/install.md has the same table."""
 
 import os
 from typing import NamedTuple

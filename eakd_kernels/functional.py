@@ -53,11 +53,11 @@ def ea_kd_loss(
     With p = softmax(teacher/tau), q = softmax(student/tau), and entropies H_T, H_S in nats of both softmaxes at the
     entropy temperature t, a row's loss is
 
-        kd_weight * w * tau^2 * D(p, q) + ce_weight * CE(student, label)        w = (H_T + H_T H_S / H_ub)/2
+        kd_weight * w * tau^2 * D(p, q) + ce_weight * CE(student, label)
 
-    with D = KL(p || q) unless `divergence` says otherwise, and rows are averaged; weights are never part of the mean's
-    denominator. Loss and statistics are fp32 whatever the logits' dtype (fp64 if either is fp64); the gradient has the
-    student's dtype. autocast changes nothing.
+    with w = (H_T + H_T H_S / H_ub)/2 and D = KL(p || q) unless `divergence` says otherwise, and rows are averaged;
+    weights are never part of the mean's denominator. Loss and statistics are fp32 whatever the logits' dtype (fp64 if
+    either is fp64); the gradient has the student's dtype. autocast changes nothing.
 
     Args:
         student_logits: [..., V], fp64, fp32, bf16 or fp16.
@@ -82,13 +82,13 @@ def ea_kd_loss(
             -inf do not count.
         teacher_class_weights: [V], > 0: p ~ weight * p at tau, renormalised (BKD; Zhang et al. 2021). Entropies do not
             see them.
-        student_logit_scale, teacher_logit_scale: > 0, multiply the logits before all else (Cohere's logit_scale).
-        student_softcap, teacher_softcap: > 0, then logits = cap * tanh(logits / cap) (Gemma 2). None: no cap.
-        kd_weight, ce_weight: >= 0. Cross-entropy is at temperature 1, unweighted, from the same sweep.
+        student_logit_scale, teacher_logit_scale: factors > 0 of the logits, before all else (Cohere's logit_scale).
+        student_softcap, teacher_softcap: cap > 0, then logits = cap * tanh(logits / cap) (Gemma 2). None: no cap.
+        kd_weight, ce_weight: factors >= 0. Cross-entropy is at temperature 1, unweighted, from the same sweep.
         mask: [...] bool, True where the row counts; combined with labels by "and".
         ignore_index: the label of rows left out.
         reduction: "mean" over the rows kept, "sum", or "none" for [...].
-        num_items: > 0, int or 0-d tensor: "mean" and "sum" then both give sum / num_items (gradient accumulation).
+        num_items: an int or 0-d tensor > 0: "mean" and "sum" then both give sum / num_items (gradient accumulation).
         vocab_size: use the first V columns only, without a copy; the others get gradient 0. For logits of different
             or padded widths.
         process_group: the last dimension is a shard of the vocabulary: [..., V_local] of both logits, contiguous in the
@@ -171,7 +171,7 @@ def ea_dkd_loss(
     Args:
         student_logits, teacher_logits: [..., V], as for `ea_kd_loss`.
         labels: [...] int64; rows equal to `ignore_index` are left out of everything.
-        alpha, beta: >= 0. The published beta is 8 or less, alpha 1.
+        alpha, beta: factors >= 0. The published beta is 8 or less, alpha 1.
         options: those of `ea_kd_loss` but for divergence. standardize="all" is what published EA-DKD with LS does.
 
     Returns and raises what `ea_kd_loss` does.

@@ -67,7 +67,7 @@ def topk_ea_kd_loss(
             the tail's outcomes, with teacher_temperature / entropy_temperature for a. That is too small, by the entropy
             within the rest for "bucket"; docs/sparse.md says how much.
         tail: "bucket", "renormalize" or "zero".
-        teacher_temperature: > 0.
+        teacher_temperature: that of teacher_logprobs, > 0.
         options: those of `ea_kd_loss`. Of `divergence`, "bucket" takes all, on its k + 1 outcomes, the others
             "forward_kl" alone. `temperature` is no tuple, and standardize, teacher_class_weights, teacher_softcap and
             teacher_logit_scale stay as they are. teacher_lse in RowStats is None. With `process_group`, or a DTensor,
@@ -254,8 +254,8 @@ def teacher_topk(
     Args:
         logits: [..., V], fp64, fp32, bf16 or fp16. Of a padded vocabulary pass logits[..., :V], which is no copy.
         k: in 1..V.
-        temperature: > 0, of logprobs and lse; give it to the loss as teacher_temperature.
-        entropy_temperature: > 0, of the entropy; the loss's own must be the same.
+        temperature: of logprobs and lse, > 0; give it to the loss as teacher_temperature.
+        entropy_temperature: of the entropy, > 0; the loss's own must be the same.
         process_group: logits are this rank's shard of the vocabulary, as for `ea_kd_loss`; k and ids are of all of it,
             and of equal logits the lower rank's come first. DTensors need no group.
 

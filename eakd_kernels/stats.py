@@ -10,13 +10,16 @@ class RowStats(NamedTuple):
 
     Rows left out (mask, ignore_index) read 0 in every field. Entropies and log-sum-exps are in nats.
 
-    loss: kd_weight * weight * (tau^2 if scaled) * divergence + ce_weight * cross_entropy.
-    weight: after weight_norm.
-    divergence: the bare divergence, without tau^2 and weight; sum of tau_k^2 D_k for a tuple of temperatures.
-    teacher_entropy, student_entropy: at the entropy temperature.
-    teacher_lse, student_lse: logsumexp(logits / temperature) of the logits that the divergence sees: standardised, if
-        they are, and with the log of the class weights added; None for a tuple of temperatures, and a sparse teacher's.
-    cross_entropy: hard-label, at temperature 1; None without labels.
+    Attributes:
+        loss: kd_weight * weight * (tau^2 if scaled) * divergence + ce_weight * cross_entropy.
+        weight: after weight_norm.
+        divergence: the bare divergence, without tau^2 and weight; sum of tau_k^2 D_k for a tuple of temperatures.
+        teacher_entropy: at the entropy temperature.
+        student_entropy: at the entropy temperature.
+        teacher_lse: logsumexp(logits / temperature) of the logits that the divergence sees: standardised, if they are,
+            and with the log of the class weights added. None for a tuple of temperatures, and a sparse teacher's.
+        student_lse: as teacher_lse, without class weights. None for a tuple of temperatures.
+        cross_entropy: hard-label, at temperature 1; None without labels.
     """
 
     loss: torch.Tensor | None

@@ -72,8 +72,11 @@ def threshold(stats: RowStats, *, above: float = 1.0, below: float = 0.0, **limi
     limits: fields of RowStats, each with a number, a 0-d tensor or a tensor [...]. No gradient flows through the gate.
 
     EOPD (arXiv 2603.07079), 1[H_T > 0.8], of entropies at entropy_temperature=1:
+
         threshold(stats, teacher_entropy=0.8)
+
     BDKD (as in the ABKD repository), 3 or 1 on the forward and on the reverse divergence:
+
         threshold(stats, teacher_entropy=stats.student_entropy, above=3, below=1)
         threshold(stats, student_entropy=stats.teacher_entropy, above=3, below=1)
     """
@@ -94,11 +97,12 @@ def threshold(stats: RowStats, *, above: float = 1.0, below: float = 0.0, **limi
 def sequence_mean(weights: Tensor, *, mask: Tensor | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
     """Every row kept gets the mean of `weights` over its sequence's rows kept; the others get 0.
 
-    weights: [...], or [..., L] with L rows of one sequence each where there are no cu_seqlens.
-    mask: bool, weights' shape, True in rows kept: those that the loss keeps, or rows left out would enter the mean.
-    cu_seqlens: [S + 1] int32 or int64, for packed sequences: number s has the rows cu_seqlens[s] up to, and without,
-        cu_seqlens[s + 1] of the flattened weights. Rows before the first and from the last offset on are in no
-        sequence. Offsets must not decrease; on a GPU nobody checks.
+    Args:
+        weights: [...], or [..., L] with L rows of one sequence each where there are no cu_seqlens.
+        mask: bool, weights' shape, True in rows kept: those that the loss keeps, or rows left out would enter the mean.
+        cu_seqlens: [S + 1] int32 or int64, for packed sequences: number s has the rows cu_seqlens[s] up to, and
+            without, cu_seqlens[s + 1] of the flattened weights. Rows before the first and from the last offset on are
+            in no sequence. Offsets must not decrease; on a GPU nobody checks.
     """
     _check_sequences(weights, mask, cu_seqlens)
     if cu_seqlens is None:

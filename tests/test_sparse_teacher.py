@@ -3,8 +3,6 @@
 import itertools
 import math
 import pickle
-import re
-from pathlib import Path
 
 import pytest
 import torch
@@ -325,13 +323,6 @@ def test_ids_on_a_gpu_are_checked_where_that_is_asked_for(monkeypatch):
 def test_teacher_topk_refuses(given, error, words):
     with pytest.raises(error, match=words):
         teacher_topk(**{"logits": Y, "k": 4, **given})
-
-
-def test_page():
-    """docs/sparse.md."""
-    page = (Path(__file__).parents[1] / "docs" / "sparse.md").read_text()
-    for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
-        exec(compile(block, "docs/sparse.md", "exec"), {})
 
 
 def test_every_divergence_on_the_bucket(fp64_backend):

@@ -102,8 +102,9 @@ def launch_plan(
     Raises ValueError for an unknown operation, sizes or dtypes that no kernel takes, or a plan that cannot take such
     rows; RuntimeError without the compiled extension.
 
-    >>> launch_plan(8192, 128256)["kernel"]  # doctest: +SKIP
-    'ring'
+    Examples:
+        >>> launch_plan(8192, 128256)["kernel"]  # doctest: +SKIP
+        'ring'
     """
     try:
         from .. import _C

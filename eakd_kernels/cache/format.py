@@ -23,13 +23,14 @@ class CacheError(ValueError):
 class Provenance:
     """Where a cache's numbers come from. Two caches with the same sequences and provenance are interchangeable.
 
-    teacher: name or path of the model.
-    tokenizer: what `tokenizer_hash` says of its tokenizer.
-    vocab_size: columns of the teacher's logits.
-    k: log-probabilities kept a token, at most vocab_size.
-    temperature: of the log-probabilities and of the log-sum-exp.
-    entropy_temperature: of the entropy.
-    settings: anything else that decides the numbers (corpus, longest sequence, dtype ...), as strings.
+    Attributes:
+        teacher: name or path of the model.
+        tokenizer: what `tokenizer_hash` says of its tokenizer.
+        vocab_size: columns of the teacher's logits.
+        k: log-probabilities kept a token, at most vocab_size.
+        temperature: of the log-probabilities and of the log-sum-exp.
+        entropy_temperature: of the entropy.
+        settings: anything else that decides the numbers (corpus, longest sequence, dtype ...), as strings.
 
     Raises CacheError where k, vocab_size or a temperature is out of range."""
 

@@ -48,12 +48,14 @@ class TeacherCacheReader(Dataset):
     Files are mapped into memory, opened when first read from, and every page's checksum is verified. While a writer is
     at work, a reader sees the sequences that were durable when it was made.
 
-    tokenizer: the student's, or its `tokenizer_hash`; refused unless it is the teacher's.
-    vocab_size: columns of the student's logits that the loss will use; refused unless the teacher has as many.
+    Args:
+        path: the folder.
+        tokenizer: the student's, or its `tokenizer_hash`; refused unless it is the teacher's.
+        vocab_size: columns of the student's logits that the loss will use; refused unless the teacher has as many.
 
     `provenance` says where the numbers come from.
 
-    Raises
+    Raises:
         FileNotFoundError: there is no cache.
         CacheError (a ValueError): tokenizer or vocab_size differ; a file is missing, truncated, damaged or foreign.
             Damage within a file shows when it is read from."""

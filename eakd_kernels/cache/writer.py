@@ -28,20 +28,21 @@ class TeacherCacheWriter:
     killed process takes none of them away, and `resume=True` goes on behind them. What a file holds, to the byte,
     depends on the sequences alone and not on interruptions or `flush`.
 
-    ::
-
         with TeacherCacheWriter("cache", provenance, resume=True) as writer:
             for tokens in sequences[writer.rows_written:]:
                 writer.append(tokens, *teacher_topk(logits_of(tokens), provenance.k, temperature=..., ...))
 
-    provenance: goes into every file; when resuming, it must be the one found there.
-    rows_per_shard: sequences a file; a shard takes rows_per_shard * L * (6 k + 12) bytes of memory at L tokens each.
-    resume: whether to go on with the cache that is there. Without one, either starts at 0.
+    Args:
+        path: the folder.
+        provenance: goes into every file; when resuming, it must be the one found there.
+        rows_per_shard: sequences a file; a shard takes rows_per_shard * L * (6 k + 12) bytes of memory at L tokens
+            each.
+        resume: whether to go on with the cache that is there. Without one, either starts at 0.
 
     Leaving the `with` block writes what is left; leaving it by an exception does not, as if the process were killed.
     Where writing fails (a full disk), the writer is closed with what is durable; resuming goes on.
 
-    Raises
+    Raises:
         FileExistsError: there is a cache, and resume is False.
         BlockingIOError: another writer, in this process or another, has the folder.
         CacheError (a ValueError): resuming with another provenance or rows_per_shard (it names what differs), or a file
@@ -73,11 +74,12 @@ class TeacherCacheWriter:
     def append(self, input_ids: Tensor, ids: Tensor, logprobs: Tensor, entropy: Tensor, lse: Tensor) -> int:
         """Adds a sequence of L >= 0 tokens; tensors on any device. Returns `rows_written`.
 
-        input_ids: [L], integers below vocab_size.
-        ids, logprobs: [L, k], the teacher's likeliest tokens after each and their log-probabilities in nats at
-            `temperature`, stored in fp16.
-        entropy: [L], nats, of the whole distribution at `entropy_temperature`; stored in fp32.
-        lse: [L], logsumexp(logits / temperature); stored in fp32.
+        Args:
+            input_ids: [L], integers below vocab_size.
+            ids, logprobs: [L, k], the teacher's likeliest tokens after each and their log-probabilities in nats at
+                `temperature`, stored in fp16.
+            entropy: [L], nats, of the whole distribution at `entropy_temperature`; stored in fp32.
+            lse: [L], logsumexp(logits / temperature); stored in fp32.
 
         Raises ValueError naming the argument whose shape or values do not fit; the sequence is then not added."""
         self._check_open()
