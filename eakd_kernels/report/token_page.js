@@ -67,7 +67,7 @@ function drawHistogram(view, tallest) {
   return element(
     "div",
     { class: "histogram", role: "img", "aria-label": `Histogram of w, tokens by weight: ${told || "none"}` },
-    element("div", { class: "tallest" }, `full height: ${tallest} tokens`),
+    element("div", { class: "tallest" }, `tallest: ${tallest} ${tallest === 1 ? "token" : "tokens"}`),
     element("div", { class: "bars" }, ...shares),
     element("div", { class: "scale" }, ...shades),
     element("div", { class: "ticks" }, ...ticks),
@@ -87,9 +87,8 @@ function drawView(view, tallest) {
     passage.append(element("span", option, ...inPassage(token, start)));
     start += token.length;
   });
-  const parts = [element("h2", {}, view.label), element("p", { class: "summary" }, view.summary)];
-  const body = tokens.length ? passage : element("p", { class: "hint" }, "The passage has no tokens.");
-  return element("section", { class: "view" }, ...parts, drawHistogram(view, tallest), body);
+  const heading = [element("h2", {}, view.label), element("p", { class: "summary" }, view.summary)];
+  return element("section", { class: "view" }, ...heading, drawHistogram(view, tallest), passage);
 }
 
 function measurements(i) {
@@ -218,34 +217,34 @@ function target(key, spans, i) {
 }
 
 function listen(view) {
-  const { section, spans } = drawn[view];
+  const { passage, spans } = drawn[view];
   const index = (event) => spans.indexOf(event.target.closest(".token"));
   const goTo = (i) => {
     spans[i].focus({ preventScroll: true });
     spans[i].scrollIntoView({ block: "nearest" });
   };
-  section.addEventListener("focusin", (event) => {
+  passage.addEventListener("focusin", (event) => {
     const i = index(event);
     if (i < 0) return;
     choose(view, i);
     announcement.textContent = sentence(view, i);
   });
-  section.addEventListener("click", (event) => index(event) >= 0 && goTo(index(event)));
-  section.addEventListener("keydown", (event) => {
+  passage.addEventListener("click", (event) => index(event) >= 0 && goTo(index(event)));
+  passage.addEventListener("keydown", (event) => {
     const i = index(event);
     const next = i < 0 || event.ctrlKey || event.metaKey || event.altKey ? undefined : target(event.key, spans, i);
     if (next === undefined) return;
     event.preventDefault();
     goTo(next);
   });
-  section.addEventListener("pointerover", (event) => {
+  passage.addEventListener("pointerover", (event) => {
     const i = index(event);
     if (event.pointerType !== "mouse" || i < 0) return;
     show({ view, i });
     // Details that come to lie over the token would take the click away from it.
     if (details.parentElement.contains(document.elementFromPoint(event.clientX, event.clientY))) show(chosen);
   });
-  section.addEventListener("pointerleave", (event) => event.pointerType === "mouse" && show(chosen));
+  passage.addEventListener("pointerleave", (event) => event.pointerType === "mouse" && show(chosen));
 }
 
 const tallest = Math.max(1, ...views.flatMap(({ histogram }) => histogram));
@@ -253,7 +252,7 @@ views.forEach((view, number) => {
   const section = drawView(view, tallest);
   document.getElementById("views").append(section);
   drawn.push({
-    section,
+    passage: section.querySelector(".passage"),
     spans: [...section.querySelectorAll(".passage > .token")],
     bars: [...section.querySelectorAll(".bars > span")],
   });
