@@ -8,7 +8,7 @@ from html.parser import HTMLParser
 
 import pytest
 import torch
-from token_pages import HOSTILE, data_in, hostile_passage, page, passage, prediction, row
+from token_pages import HOSTILE, data_in, hostile_passage, json_in, page, passage, prediction, row
 
 from eakd_kernels import distill_stats
 from eakd_kernels.report import Passage, View, rows_from_logits
@@ -119,6 +119,7 @@ def test_hostile_text_is_only_data():
     """The same elements as in a page of harmless text, and every token comes back as it was."""
     hostile, harmless = page(hostile_passage(), *2 * ["</title><script>1</script>"]), page(passage("ab", [0.5], [0.5]))
     assert [tag for tag, _ in Elements(hostile).found] == [tag for tag, _ in Elements(harmless).found]
+    assert not set("<>&").intersection(json_in(hostile))
     data = data_in(hostile)
     assert tuple(data["tokens"]) == HOSTILE
     assert [r["teacher"]["candidates"][0]["text"] for r in data["views"][0]["rows"][1:]] == list(HOSTILE[1:])

@@ -8,7 +8,8 @@ from eakd_kernels.report import Candidate, Passage, Prediction, Row, View, rende
 HOSTILE = (
     "<script>window.hacked = 1</script>",
     "</script><img src=x onerror='window.hacked = 2'>",
-    "<!--",
+    "</script ",  # an end tag that needs no >
+    "<!-- <script ",  # after which an end tag does not end the script
     "]]>",
     "\"'`&amp;",
     "${title} $title",
@@ -51,6 +52,10 @@ def page(passage, title="Title", introduction="Introduction"):
     return render(passage, title=title, introduction=introduction)
 
 
-def data_in(html):
+def json_in(html):
     """What the page's script reads."""
-    return json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', html, re.DOTALL)[1])
+    return re.search(r'<script type="application/json" id="data">(.*?)</script>', html, re.DOTALL)[1]
+
+
+def data_in(html):
+    return json.loads(json_in(html))
