@@ -219,16 +219,16 @@ function target(key, spans, i) {
 function listen(view) {
   const { passage, spans } = drawn[view];
   const index = (event) => spans.indexOf(event.target.closest(".token"));
+  const enter = (i) => {
+    choose(view, i);
+    announcement.textContent = sentence(view, i);
+  };
   const goTo = (i) => {
+    if (document.activeElement === spans[i]) enter(i);
     spans[i].focus({ preventScroll: true });
     spans[i].scrollIntoView({ block: "nearest" });
   };
-  passage.addEventListener("focusin", (event) => {
-    const i = index(event);
-    if (i < 0) return;
-    choose(view, i);
-    announcement.textContent = sentence(view, i);
-  });
+  passage.addEventListener("focusin", (event) => index(event) >= 0 && enter(index(event)));
   passage.addEventListener("click", (event) => index(event) >= 0 && goTo(index(event)));
   passage.addEventListener("keydown", (event) => {
     const i = index(event);
