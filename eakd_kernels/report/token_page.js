@@ -67,7 +67,7 @@ function drawHistogram(view, tallest) {
   return element(
     "div",
     { class: "histogram", role: "img", "aria-label": `Histogram of w, tokens by weight: ${told || "none"}` },
-    element("div", { class: "tallest" }, `tallest: ${tallest} ${tallest === 1 ? "token" : "tokens"}`),
+    element("div", { class: "height" }, `${tallest} ${tallest === 1 ? "token" : "tokens"}`),
     element("div", { class: "bars" }, ...shares),
     element("div", { class: "scale" }, ...shades),
     element("div", { class: "ticks" }, ...ticks),
