@@ -1,5 +1,6 @@
 # Every target but gpu sets up what it needs in $(VENV); nothing outside this folder is touched.
 #   make demo   distil a real language model on this machine
+#   make demo-digits   EA-KD beside KD on scikit-learn's digits, in a minute
 #   make demo-vision   EA beside plain distillation, six methods on real digits, in minutes
 #   make test   build and run the tests
 #   make bench  time the loss against eager PyTorch and torch.compile
@@ -21,10 +22,13 @@ PIP := $(PY) -m pip --disable-pip-version-check --quiet
 CXX_SOURCES := $(wildcard $(foreach folder,csrc csrc/cpu csrc/cuda,$(addprefix $(folder)/*,.h .cpp .cuh .cu)))
 EMULATOR_SOURCES := $(shell find tests/emulator -name '*.h' -o -name '*.cpp')
 
-.PHONY: demo demo-vision test emulator smoke sanitize bench gpu gpu-check gpu-bench docs lint format clean
+.PHONY: demo demo-digits demo-vision test emulator smoke sanitize bench gpu gpu-check gpu-bench docs lint format clean
 
 demo: $(VENV)/.installed $(VENV)/.teacher
 	$(PY) examples/distill_lm.py --out out/demo
+
+demo-digits: $(VENV)/.installed
+	$(PY) examples/distill_digits.py
 
 demo-vision: $(VENV)/.installed $(VENV)/.digits
 	$(PY) examples/distill_vision.py

@@ -54,6 +54,7 @@ from tqdm import tqdm
 
 import eakd_kernels
 from eakd_kernels import ea_kd_loss, ea_weights
+from eakd_kernels.report import Passage, View, render, rows_from_logits
 
 # Of the two training curves, relative. PyTorch's fp32 log_softmax puts the eager loss 1e-5 to 2e-5 off the exact one;
 # 200 steps at this learning rate do not magnify that, but more might. A cross-entropy weight 1 % off gives 5e-3.
@@ -285,6 +286,28 @@ def plot(runs: dict[str, Run], difference: list[float], vocabulary: int, path: P
     figure.savefig(path, dpi=150)
 
 
+@torch.no_grad()
+def token_page(students: dict[str, nn.Module], teacher: nn.Module, tokenizer, ids: Tensor) -> str:
+    """HTML that shows how the tokens ids [T] weigh with each of the students."""
+
+    def decode(token: int) -> str:
+        return tokenizer.decode([token])
+
+    options = {"entropy_temperature": ENTROPY_TEMPERATURE, "weight_norm": "bound"}
+    expected = logits_of(teacher, ids[None])[0]
+    views = (
+        View(label, rows_from_logits(logits_of(student, ids[None])[0], expected, ids, decode, **options))
+        for label, student in students.items()
+    )
+    return render(
+        Passage(tuple(map(decode, ids.tolist())), tuple(views)),
+        title="What EA-KD weighs",
+        introduction="A passage held out from training, each token shaded by its weight w in the distillation loss, as "
+        "a fraction of its upper bound. Tokens weigh most where the teacher is unsure what comes next, and the more so "
+        "while the student is, too.",
+    )
+
+
 def machine() -> dict[str, str]:
     info = Path("/proc/cpuinfo").read_text().splitlines()
     return {
@@ -315,7 +338,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--batch", type=int, default=2, help="windows in a batch")
     parser.add_argument("--length", type=int, default=128, help="tokens in a window")
-    parser.add_argument("--out", type=Path, default=Path("out/demo"), help="folder for curves.png and results.json")
+    parser.add_argument(
+        "--out", type=Path, default=Path("out/demo"), help="folder for curves.png, results.json and tokens.html"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     return parser.parse_args()
@@ -365,6 +390,13 @@ def main() -> None:
         "seconds": time.perf_counter() - started,
     }
     report(results, runs, options.out)
+    students = {
+        "before training": new_student(vocabulary, options.seed),
+        f"after {options.steps} steps": runs["fused"].student,
+    }
+    page = options.out / "tokens.html"
+    page.write_text(token_page(students, teacher, tokenizer, held_out[0]), encoding="utf-8")
+    print(f"Tokens by weight: {page}")
     if not all(difference <= LOSS_TOLERANCE for difference in results["curve_differences"]):
         sys.exit("The students' training losses differ by more than rounding explains: the fused loss is wrong here.")
 

