@@ -48,13 +48,13 @@ from distill_lm_models import (
     next_tokens,
     split_text,
 )
+from distill_lm_page import token_page
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 from tqdm import tqdm
 
 import eakd_kernels
 from eakd_kernels import ea_kd_loss, ea_weights
-from eakd_kernels.report import Passage, View, render, rows_from_logits
 
 # Of the two training curves, relative. PyTorch's fp32 log_softmax puts the eager loss 1e-5 to 2e-5 off the exact one;
 # 200 steps at this learning rate do not magnify that, but more might. A cross-entropy weight 1 % off gives 5e-3.
@@ -284,28 +284,6 @@ def plot(runs: dict[str, Run], difference: list[float], vocabulary: int, path: P
         axes.grid(alpha=0.25)
         axes.legend(frameon=False)
     figure.savefig(path, dpi=150)
-
-
-@torch.no_grad()
-def token_page(students: dict[str, nn.Module], teacher: nn.Module, tokenizer, ids: Tensor) -> str:
-    """HTML that shows how the tokens ids [T] weigh with each of the students."""
-
-    def decode(token: int) -> str:
-        return tokenizer.decode([token])
-
-    options = {"entropy_temperature": ENTROPY_TEMPERATURE, "weight_norm": "bound"}
-    expected = logits_of(teacher, ids[None])[0]
-    views = (
-        View(label, rows_from_logits(logits_of(student, ids[None])[0], expected, ids, decode, **options))
-        for label, student in students.items()
-    )
-    return render(
-        Passage(tuple(map(decode, ids.tolist())), tuple(views)),
-        title="What EA-KD weighs",
-        introduction="A passage held out from training, each token shaded by its weight w in the distillation loss, as "
-        "a fraction of its upper bound. Tokens weigh most where the teacher is unsure what comes next, and the more so "
-        "while the student is, too.",
-    )
 
 
 def machine() -> dict[str, str]:

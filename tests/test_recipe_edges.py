@@ -4,8 +4,8 @@ import pytest
 import torch
 from support import assert_gradient_within_rounding, leaf, make_logits
 
-from eakd_kernels import divergences as d
 from eakd_kernels import distill_stats, ea_dkd_loss, ea_kd_loss
+from eakd_kernels import divergences as d
 
 WIDE = 4500  # several blocks of any instruction set, several tiles of Triton's
 EVERY = [
