@@ -42,10 +42,10 @@ EAKD_HD V times(V mass, V x) {
 }
 
 // m = of_p p + of_q q, weights > 0 of sum 1, in log space, from the smaller of p/q and q/p: log p - log m, log q - log
-// m, and q/m.
+// m, p/m and q/m.
 template <typename V>
 struct Mixture {
-  V p_over_m, q_over_m, q_share;
+  V p_over_m, q_over_m, p_share, q_share;
 
   template <typename Math>
   static EAKD_HD Mixture of(const Column<V>& c, V of_p, V of_q) {
@@ -54,8 +54,8 @@ struct Mixture {
     const V magnitude = Math::abs(c.delta);
     const V ratio = Math::exp2_below_128(magnitude * T(-kLog2E)), one = V{} + 1;
     const V x = (larger_p ? of_p : of_q) + (larger_p ? of_q : of_p) * ratio;  // m over the larger
-    const V log_x = Math::ln(x), q_share = (larger_p ? ratio : one) / x;
-    return {larger_p ? -log_x : c.delta - log_x, larger_p ? -c.delta - log_x : -log_x, q_share};
+    const V log_x = Math::ln(x), p_share = (larger_p ? one : ratio) / x, q_share = (larger_p ? ratio : one) / x;
+    return {larger_p ? -log_x : c.delta - log_x, larger_p ? -c.delta - log_x : -log_x, p_share, q_share};
   }
 };
 
@@ -138,7 +138,7 @@ EAKD_HD Terms<V> terms(const Column<V>& c, T first, T second) {
   } else if constexpr (KIND == kSkewReverseKL) {
     const auto m = Mixture<V>::template of<Math>(c, V{} + second, V{} + first);
     const V f = times(c.q, m.q_over_m);
-    return {f, f + c.q - first * times(c.q, m.q_share)};
+    return {f, f + second * times(c.q, m.p_share)};  // q (1 - first q/m), which would cancel
   } else if constexpr (KIND == kTotalVariation) {
     const V difference = T(0.5) * (c.p - c.q);
     const V half = T(0.5) * c.q;

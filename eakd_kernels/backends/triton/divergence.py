@@ -110,7 +110,7 @@ def terms(c, first, second, f: tl.constexpr):
     elif f.KIND == SKEW_REVERSE_KL:
         m = mixture(c, second, first)
         value = times(c.q, m.q_over_m)
-        return Terms(value, value + times(c.q, 1 - first * m.q_share))
+        return Terms(value, value + second * times(c.q, m.p_share))  # q (1 - first q/m), which would cancel
     elif f.KIND == TOTAL_VARIATION:
         half = 0.5 * c.q
         h = tl.where(c.delta > 0, -half, tl.where(c.delta < 0, half, 0.0))
