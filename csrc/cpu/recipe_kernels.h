@@ -88,7 +88,7 @@ struct RecipeKernels {
   // keep_h: [n], where h is to stay; null: nowhere
   void (*values)(TauSums<double>&, const RecipeBlock<T>&, const Normalisers<T>&, const Recipe&, bool pulls, T* keep_h);
   // As `values`, of logits alone.
-  void (*alpha_beta_values)(TauSums<double>&, const RecipeBlock<T>&, const AlphaBetaTerms<T>&, T* keep_h);
+  void (*alpha_beta_values)(TauSums<double>&, RecipeBlock<T>, AlphaBetaTerms<T>, T* keep_h);
   // S 2^d (z - y), both about their centres
   double (*reverse_sum)(const T* y, const T* z, const T* ed, int64_t n, T my, T mz);
   // g += c h_j + q q_j; kept_h: where `values` left h, or null

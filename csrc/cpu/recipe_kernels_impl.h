@@ -254,7 +254,7 @@ struct AlphaBetaColumn {
 
 // By value: a loop that stores would ask for every field again.
 template <typename T>
-void add_alpha_beta_values(TauSums<double>& s, RecipeBlock<T> block, AlphaBetaTerms<T> by, T* keep_h) {
+void alpha_beta_values(TauSums<double>& s, RecipeBlock<T> block, AlphaBetaTerms<T> by, T* keep_h) {
   Vec<T> f{}, h{};
   for (int64_t i = 0; i < block.n; i += kLanes) {
     const AlphaBetaColumn<T> c(block, by, i);
@@ -263,11 +263,6 @@ void add_alpha_beta_values(TauSums<double>& s, RecipeBlock<T> block, AlphaBetaTe
     if (keep_h != nullptr) store(keep_h + i, pull);
   }
   s.f += sum<T>(f), s.h += sum<T>(h);
-}
-
-template <typename T>
-void alpha_beta_values(TauSums<double>& s, const RecipeBlock<T>& block, const AlphaBetaTerms<T>& by, T* keep_h) {
-  add_alpha_beta_values<T>(s, block, by, keep_h);
 }
 
 // value(i): what goes into the gradient of the columns from i on.
