@@ -55,7 +55,7 @@ sanitize: $(VENV)/.installed
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1 \
 	EAKD_CUDA_EMULATOR=$(CURDIR)/out/sanitize/libeakd_cuda_emulator.so \
-	$(PY) -m pytest -n $(WORKERS) --dist loadfile -o "pythonpath=out/sanitize/lib ." -m "not slow" -k "not triton" \
+	$(PY) -m pytest -n $(WORKERS) --dist loadfile -o "pythonpath=out/sanitize/lib ." -m "not slow" -k "not triton and not reference" \
 		tests/test_conformance.py tests/test_functional*.py tests/test_edges.py tests/test_ops.py \
 		tests/test_divergences.py tests/test_recipe_edges.py tests/test_methods.py \
 		tests/backends/test_cpu.py tests/emulator/test_kernels.py

@@ -100,15 +100,14 @@ def test_zero_weight_silences_it_with_live_weights(backend):
 @pytest.mark.parametrize("weighting", ["ea", "none", "zero"])
 @pytest.mark.parametrize("column", [0, 37, 5000])
 def test_nan_and_inf_in_a_kept_row_win(bad, side, weighting, column, backend):
-    pair = dict(zip(("student", "teacher"), make_logits(4, 5001), strict=True))
+    pair = dict(zip(("student", "teacher"), make_logits(2, 5001), strict=True))
     pair[side] = pair[side].detach().clone()
-    pair[side][2, column] = bad
+    pair[side][1, column] = bad
     z = leaf(pair["student"], torch.float32)
-    weighting = torch.zeros(4) if weighting == "zero" else weighting
+    weighting = torch.zeros(2) if weighting == "zero" else weighting
     for rows, gradient in both_paths(z, pair["teacher"], weighting=weighting, backend=backend):
-        assert rows[2].isnan() and gradient[2].isnan().any()
-        others = [0, 1, 3]
-        assert rows[others].isfinite().all() and gradient[others].isfinite().all()
+        assert rows[1].isnan() and gradient[1].isnan().any()
+        assert rows[0].isfinite() and gradient[0].isfinite().all()
 
 
 @pytest.mark.parametrize("payload", [0x7FC00001, 0x7FFFFFFF, -1])
@@ -237,11 +236,11 @@ def test_strides(view, dtype, backend):
 
 def test_large_odd_alignment(kernels):
     """Rows that start at every offset within a vector, large enough for several segments."""
-    columns = 2 * 16384 + 77
-    student, teacher = make_logits(5 * columns + 64)
+    rows, columns = 2 if interpreted(kernels) else 5, 2 * 16384 + 77
+    student, teacher = make_logits(rows * columns + 64)
     for offset in (0, 3) if interpreted(kernels) else range(0, 20, 3):
-        z = student.detach()[offset : offset + 5 * columns].view(5, columns)
-        y = teacher[offset + 1 : offset + 1 + 5 * columns].view(5, columns)
+        z = student.detach()[offset : offset + rows * columns].view(rows, columns)
+        y = teacher[offset + 1 : offset + 1 + rows * columns].view(rows, columns)
         moved = z.clone().requires_grad_()
         loss = ea_kd_loss(z.requires_grad_(), y, backend=kernels)
         want = ea_kd_loss(moved, y.clone(), backend=kernels)

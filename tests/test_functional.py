@@ -102,8 +102,8 @@ def test_extreme_logits(scale, offset, kernels):
 
 
 def test_near_identical(kernels):
-    student, _ = make_logits(8, 30000)
-    teacher = student.detach() + 1e-3 * torch.randn(8, 30000)
+    student, _ = make_logits(2 if interpreted(kernels) else 8, 30000)
+    teacher = student.detach() + 1e-3 * torch.randn(student.shape)
     check_everything(student, teacher, kernels, tau=2.0)
     stats = distill_stats(student, teacher, backend=kernels)
     assert (stats.divergence >= -(2.0**-22) * math.log(30000)).all()

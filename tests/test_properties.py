@@ -60,7 +60,7 @@ def assert_same_stats(got, want, tau, without=()):
 
 def for_every_problem(check):
     def test(backend):
-        slow = {"max_examples": 10, "phases": [Phase.explicit, Phase.reuse, Phase.generate]}  # shrinking takes minutes
+        slow = {"max_examples": 6, "phases": [Phase.explicit, Phase.reuse, Phase.generate]}  # shrinking takes minutes
 
         @settings(deadline=None, **(slow if interpreted(backend) else {"max_examples": 40}))
         @given(problem=problems)

@@ -27,6 +27,9 @@ OF_HOPPER = {
     **dict.fromkeys(("resident_rows", "stream_rows", "recipe_rows"), CLUSTERS),
     "ring_rows": CLUSTERS | COPIES,
 }
+# sm_100 runs the code of sm_90a, and compiling all of it takes a minute and more: the two with most of Hopper's stand
+# for the others.
+ON_SM_100 = {"resident_rows", "ring_rows"}
 
 # Kernels that must not pass: one without the registers for its columns, and one whose vectors are not aligned.
 BAD_CHOICES = {
@@ -56,7 +59,7 @@ def compiled(tmp_path_factory):
     """Kernels by file. stream_rows.cu takes longest and is begun first."""
     folder = tmp_path_factory.mktemp("cuda")
     sources = sorted(CSRC.rglob("*.cu"), reverse=True)
-    jobs = {source.stem: (source, TARGETS, folder) for source in sources}
+    jobs = {source.stem: (source, TARGETS if source.stem in ON_SM_100 else TARGETS[:2], folder) for source in sources}
     for name, definitions in BAD_CHOICES.items():
         source = folder / f"{name}.cu"
         source.write_text(BAD_SOURCE.format(definitions))
@@ -114,10 +117,10 @@ def complaints(kernel):
 
 def test_every_kernel_is_found(compiled):
     """The same ones for every target, so that no check below passes because names were not understood."""
-    first, *others = ([(k.family, k.arguments) for k in kernels_for(compiled, target)] for target in TARGETS)
+    first, second, few = (sorted((k.family, k.arguments) for k in kernels_for(compiled, t)) for t in TARGETS)
     assert {family for family, _ in first} == PARAMETERS.keys()
     assert len(set(first)) == len(first) > 100
-    assert all(sorted(other) == sorted(first) for other in others)
+    assert second == first and few == [kernel for kernel in first if kernel[0] in ON_SM_100]
     pairs = {tuple(kernel.sides) for kernel in kernels_for(compiled, "sm_90a") if kernel.width > 1}
     assert pairs == {(16, 16), (16, 8), (16,)}
 
