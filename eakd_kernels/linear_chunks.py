@@ -74,7 +74,7 @@ class _Call(NamedTuple):
 
     def runs_in_one_pass(self) -> bool:
         needs_gradient = any(x is not None and x.requires_grad for x in self.student)
-        half = torch.float16 in (self.student.hidden.dtype, self.student.weight.dtype)
+        half = any(x is not None and x.dtype == torch.float16 for x in self.student)
         whole = self.problem.shards is None
         return needs_gradient and whole and not half and row_losses.is_scale_known(self.problem, self.options)
 

@@ -277,6 +277,7 @@ TWICE[1, 2, 3] = TWICE[1, 2, 0]
         ({"teacher_logprobs": LOGPROBS.clone().requires_grad_()}, ValueError, r"teacher_logprobs\.detach\(\)"),
         ({"teacher_entropy": LOGPROBS}, ValueError, r"teacher_entropy.*\(2, 3\)"),
         ({"teacher_entropy": 1.0}, TypeError, "teacher_entropy.*float"),
+        ({"teacher_entropy": torch.ones(2, 3, requires_grad=True)}, ValueError, r"teacher_entropy\.detach\(\)"),
         ({"tail": "drop"}, ValueError, "tail.*bucket.*drop"),
         ({"tail": None}, TypeError, "tail.*None"),
         ({"teacher_temperature": 0.0}, ValueError, "teacher_temperature.*> 0"),
