@@ -51,6 +51,7 @@ class _Call(NamedTuple):
     kept: Tensor | None  # numbers of the rows kept; None: all
     chunk: int
     accumulate_in_fp32: bool
+    watched: tuple["_Watched", ...]
 
     @classmethod
     def of(cls, student, teacher, labels, options, chunk_rows, accumulate_in_fp32) -> "_Call":
@@ -65,8 +66,10 @@ class _Call(NamedTuple):
             kept = None
         if chunk_rows is None:
             chunk_rows = chunk_size(len(student.weight) + teacher.columns, dtype, student.hidden.device)
+        watched = _watched(teacher, labels, options)
         labels = None if labels is None else labels.reshape(-1)
-        return cls(student.flat(), teacher.flat(), labels, options, problem, kept, chunk_rows, accumulate_in_fp32)
+        student, teacher = student.flat(), teacher.flat()
+        return cls(student, teacher, labels, options, problem, kept, chunk_rows, accumulate_in_fp32, watched)
 
     @property
     def leading(self) -> torch.Size:
@@ -87,6 +90,12 @@ class _Call(NamedTuple):
 
     def logits(self) -> Iterator[tuple[slice | Tensor, Tensor, Tensor | TopK]]:
         """(rows, student's logits, the teacher's logits or top k) of every chunk, all logits in the same memory."""
+        for name, tensor, version in self.watched:
+            if tensor._version != version:
+                raise RuntimeError(
+                    f"{name} was modified in place after fused_linear_ea_kd_loss, whose backward reads it again; "
+                    f"modify it after backward, or pass {name}.clone()"
+                )
         rows = min(self.chunk, len(self.student.hidden))
         shape = self.problem.rows.student_logits
         student = shape.new_empty(rows, len(self.student.weight))
@@ -129,6 +138,20 @@ class _Call(NamedTuple):
 
     def _labels(self, chunk) -> Tensor | None:
         return None if self.labels is None else self.labels[chunk]
+
+
+class _Watched(NamedTuple):
+    name: str
+    tensor: Tensor
+    version: int
+
+
+def _watched(teacher: Teacher, labels, options) -> tuple[_Watched, ...]:
+    """What backward reads again, and autograd does not know of."""
+    named = {**teacher.named, "labels": labels, "teacher_class_weights": options.teacher_class_weights}
+    if torch.is_tensor(options.temperature) and not options.temperature.requires_grad:
+        named["temperature"] = options.temperature
+    return tuple(_Watched(name, x, x._version) for name, x in named.items() if x is not None and not x.is_inference())
 
 
 def _statistics(call: _Call) -> Sequence[Tensor]:

@@ -29,6 +29,12 @@ class DenseTeacher(NamedTuple):
     def tensors(self) -> tuple[Tensor | None, ...]:
         return (self.given,) if self.head is None else self.head
 
+    @property
+    def named(self) -> dict[str, Tensor | None]:
+        if self.head is None:
+            return {"teacher_logits": self.given}
+        return dict(zip(("teacher_hidden", "teacher_weight", "teacher_bias"), self.head, strict=True))
+
     def flat(self) -> "DenseTeacher":
         if self.head is not None:
             return self._replace(head=self.head.flat())
@@ -63,6 +69,10 @@ class SparseTeacher(NamedTuple):
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
         return ()
+
+    @property
+    def named(self) -> dict[str, Tensor | None]:
+        return {f"teacher_topk[{i}]": x for i, x in enumerate(self.topk)}
 
     def flat(self) -> "SparseTeacher":
         ids, logprobs, entropy = self.topk

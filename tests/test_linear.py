@@ -1,5 +1,6 @@
 """fused_linear_ea_kd_loss against the dense call on logits that were made: values, dX, dW, db, for every option."""
 
+import re
 import subprocess
 import sys
 
@@ -199,6 +200,24 @@ def test_retained_graphs_scales_and_second_derivatives(recompute):
     (first,) = torch.autograd.grad(loss, hidden, create_graph=True)
     with pytest.raises(RuntimeError, match="double backward"):
         first.sum().backward()
+
+
+@pytest.mark.parametrize("name", ["teacher_weight", "teacher_topk[0]", "labels", "temperature"])
+def test_what_backward_reads_again_must_not_change(name):
+    (hidden, weight, _), (other, head, _) = tensors()
+    temperature, topk = torch.full(ROWS, 2.0), teacher_topk(other @ head.T, 4)[:2]
+    given = dict(teacher_topk=topk) if "topk" in name else dict(teacher_hidden=other, teacher_weight=head)
+    labels = LABELS.clone()
+    changed = {"teacher_weight": head, "teacher_topk[0]": topk[0], "labels": labels, "temperature": temperature}[name]
+    for recompute in (False, True):
+        how = dict(labels=labels, ce_weight=0.5, temperature=temperature, recompute=recompute)
+        loss = fused_linear_ea_kd_loss(hidden, weight, **given, **how)
+        changed.mul_(1)
+        if recompute:
+            with pytest.raises(RuntimeError, match=rf"{re.escape(name)} was modified in place"):
+                loss.backward()
+        else:
+            loss.backward()
 
 
 def test_without_gradients_nothing_is_kept():
