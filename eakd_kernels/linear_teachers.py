@@ -38,7 +38,7 @@ class DenseTeacher(NamedTuple):
     def flat(self) -> "DenseTeacher":
         if self.head is not None:
             return self._replace(head=self.head.flat())
-        return self._replace(given=self.given.reshape(-1, self.given.shape[-1]))
+        return self._replace(given=self.given.flatten(0, -2) if self.given.dim() > 1 else self.given[None])
 
     def rows(self, chunk: Tensor | slice, out: Tensor) -> Tensor:
         return self.given[chunk] if self.head is None else self.head.logits(chunk, out)

@@ -26,7 +26,7 @@ class Head(NamedTuple):
     bias: Tensor | None  # [V]
 
     def flat(self) -> "Head":
-        return self._replace(hidden=self.hidden.reshape(-1, self.hidden.shape[-1]))
+        return self._replace(hidden=self.hidden.flatten(0, -2) if self.hidden.dim() > 1 else self.hidden[None])
 
     def logits(self, rows: Tensor | slice, out: Tensor) -> Tensor:
         """Those of some rows, into the first of `out` [chunk, V], fp32 or fp64."""
