@@ -29,7 +29,7 @@ def run(student: Head, teacher: Teacher, labels, options, chunk_rows, recompute:
     call = _Call.of(student, teacher, labels, options, chunk_rows, accumulate_in_fp32)
     with torch.autocast(student.hidden.device.type, enabled=False):
         if not recompute and call.runs_in_one_pass():
-            loss, *fields = _OnePass.apply(call, *call.student)
+            loss, _, *fields = _OnePass.apply(call, *call.student)
             row_loss, weight, *public = (field.view(call.leading) for field in fields)
             stats = row_losses.row_stats(call.problem, row_loss, weight, call.known(public))
         else:
@@ -180,7 +180,8 @@ def _computed(logits: Tensor) -> Tensor:
 
 
 class _OnePass(Function):
-    """(loss 0-d, and [N] each: row losses, weights, stats.PUBLIC_FIELDS). apply(_Call, *Head)."""
+    """(loss 0-d, anchor as autograd.OnePass has it, and [N] each: row losses, weights, stats.PUBLIC_FIELDS).
+    apply(_Call, *Head)."""
 
     @staticmethod
     def forward(ctx, call: _Call, *head):
@@ -199,15 +200,16 @@ class _OnePass(Function):
         ctx.backend = call.problem.backend
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*fields)
-        ctx.save_for_backward(total, *gradient.finished())
-        return total, *fields
+        anchor = torch.empty_like(total)
+        ctx.save_for_backward(anchor, *gradient.finished())
+        return total, anchor, *fields
 
     @staticmethod
     def backward(ctx, g_loss, *_):
-        total, *gradients = ctx.saved_tensors
+        anchor, *gradients = ctx.saved_tensors
         if g_loss is None:
             return (None,) * (1 + len(gradients))
-        return None, *(None if g is None else once(scaled(g, g_loss, ctx.backend), total) for g in gradients)
+        return None, *(None if g is None else once(scaled(g, g_loss, ctx.backend), anchor) for g in gradients)
 
 
 class _WholeRows:

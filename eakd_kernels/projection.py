@@ -64,6 +64,10 @@ class HeadGradient:
         """gradient: [chunk, V] of the logits of these rows; fp32 or fp64."""
         if len(gradient) == 0:
             return
+        with torch.autocast(gradient.device.type, enabled=False):  # backward may run in one
+            self._add(rows, gradient)
+
+    def _add(self, rows: Tensor | slice, gradient: Tensor) -> None:
         hidden = self.head.hidden
         if self.bias is not None:
             self.bias += gradient.sum(0)

@@ -200,6 +200,10 @@ def test_retained_graphs_scales_and_second_derivatives(recompute):
     (first,) = torch.autograd.grad(loss, hidden, create_graph=True)
     with pytest.raises(RuntimeError, match="double backward"):
         first.sum().backward()
+    loss = fused_linear_ea_kd_loss(hidden, weight, other, head, recompute=recompute)
+    loss *= 3
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_close(torch.autograd.grad(loss, (hidden, weight)), once, 3e-6)
 
 
 @pytest.mark.parametrize("name", ["teacher_weight", "teacher_topk[0]", "labels", "temperature"])
