@@ -254,6 +254,25 @@ def test_module():
         TopKEAKDLoss(tail="none")
 
 
+@pytest.mark.parametrize("tail", TAILS)
+def test_fully_masked_vocabulary(tail, backend):
+    student = torch.full((2, 20), -torch.inf, requires_grad=True)
+    ids, logprobs, entropy, _ = teacher_topk(student.detach(), 4)
+    for given in (entropy, None):
+        loss, stats = topk_ea_kd_loss(
+            student,
+            ids,
+            logprobs,
+            teacher_entropy=given,
+            tail=tail,
+            weighting="none",
+            return_stats=True,
+            backend=backend,
+        )
+        (gradient,) = torch.autograd.grad(loss, student)
+        assert loss == 0 and not stats.divergence.any() and not stats.teacher_entropy.any() and not gradient.any()
+
+
 Z, Y = make_logits(2, 3, 10)
 IDS, LOGPROBS, _, _ = teacher_topk(Y, 4)
 TWICE = IDS.clone()
