@@ -172,10 +172,11 @@ def _temperature_gradient(rows: Rows, statistics: Tensor, g_divergence: Tensor |
 
 
 class OnePass(Function):
-    """(loss 0-d, statistics): scale / denominator * sum over rows of the row losses, and stats.LOSS_STATISTICS.
+    """(loss 0-d, statistics, anchor): scale / denominator * sum over rows of the row losses, and stats.LOSS_STATISTICS.
 
     apply(*Rows, *LossRule, inplace_gradient, backend). The loss is differentiable in student_logits. The gradient is
-    finished in forward; backward multiplies it by the upstream scalar, in place unless the graph is retained.
+    finished in forward; backward multiplies it by the upstream scalar, in place unless the graph is retained. The
+    anchor is for `once` alone: the loss itself may be modified in place (loss /= 4) before its backward.
     """
 
     @staticmethod
@@ -190,15 +191,16 @@ class OnePass(Function):
         ctx.num_inputs = len(arguments)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(statistics)
-        ctx.save_for_backward(gradient, loss)
-        return loss, statistics
+        anchor = torch.empty_like(loss)
+        ctx.save_for_backward(gradient, anchor)
+        return loss, statistics, anchor
 
     @staticmethod
-    def backward(ctx, g_loss, _g_statistics):
-        gradient, loss = ctx.saved_tensors
+    def backward(ctx, g_loss, *_):
+        gradient, anchor = ctx.saved_tensors
         grads = [None] * ctx.num_inputs
         if g_loss is not None:
-            grads[0] = once(scaled(gradient, g_loss, ctx.backend), loss)
+            grads[0] = once(scaled(gradient, g_loss, ctx.backend), anchor)
         return tuple(grads)
 
 

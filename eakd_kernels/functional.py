@@ -243,7 +243,7 @@ def _one_pass(problem: Problem, options) -> tuple[Tensor, RowStats]:
         scale,
         denominator,
     )
-    loss, fields = OnePass.apply(*problem.rows, *rule, options.inplace_gradient, problem.backend)
+    loss, fields, _ = OnePass.apply(*problem.rows, *rule, options.inplace_gradient, problem.backend)
     *public, weight, row_loss = fields.unbind(0)
     return loss, row_losses.row_stats(problem, row_loss, weight, public)
 

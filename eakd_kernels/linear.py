@@ -95,7 +95,7 @@ def check_fused_linear_options(
     for name, flag in (("recompute", recompute), ("accumulate_in_fp32", accumulate_in_fp32)):
         if not isinstance(flag, bool):
             raise TypeError(f"{name} must be True or False, got {flag!r}")
-    if chunk_rows is not None and not (isinstance(chunk_rows, int) and chunk_rows >= 1):
+    if chunk_rows is not None and not (type(chunk_rows) is int and chunk_rows >= 1):
         raise ValueError(f"chunk_rows must be an int >= 1 or None, got {chunk_rows!r}")
     if teacher_topk is not None or tail != "bucket" or teacher_temperature != 1.0:
         return check_topk_options(tail=tail, teacher_temperature=teacher_temperature, **options)

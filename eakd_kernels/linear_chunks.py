@@ -29,7 +29,7 @@ def run(student: Head, teacher: Teacher, labels, options, chunk_rows, recompute:
     call = _Call.of(student, teacher, labels, options, chunk_rows, accumulate_in_fp32)
     with torch.autocast(student.hidden.device.type, enabled=False):
         if not recompute and call.runs_in_one_pass():
-            loss, *fields = _OnePass.apply(call, *call.student)
+            loss, _, *fields = _OnePass.apply(call, *call.student)
             row_loss, weight, *public = (field.view(call.leading) for field in fields)
             stats = row_losses.row_stats(call.problem, row_loss, weight, call.known(public))
         else:
@@ -51,6 +51,7 @@ class _Call(NamedTuple):
     kept: Tensor | None  # numbers of the rows kept; None: all
     chunk: int
     accumulate_in_fp32: bool
+    watched: tuple["_Watched", ...]
 
     @classmethod
     def of(cls, student, teacher, labels, options, chunk_rows, accumulate_in_fp32) -> "_Call":
@@ -65,8 +66,10 @@ class _Call(NamedTuple):
             kept = None
         if chunk_rows is None:
             chunk_rows = chunk_size(len(student.weight) + teacher.columns, dtype, student.hidden.device)
+        watched = _watched(teacher, labels, options)
         labels = None if labels is None else labels.reshape(-1)
-        return cls(student.flat(), teacher.flat(), labels, options, problem, kept, chunk_rows, accumulate_in_fp32)
+        student, teacher = student.flat(), teacher.flat()
+        return cls(student, teacher, labels, options, problem, kept, chunk_rows, accumulate_in_fp32, watched)
 
     @property
     def leading(self) -> torch.Size:
@@ -74,7 +77,7 @@ class _Call(NamedTuple):
 
     def runs_in_one_pass(self) -> bool:
         needs_gradient = any(x is not None and x.requires_grad for x in self.student)
-        half = torch.float16 in (self.student.hidden.dtype, self.student.weight.dtype)
+        half = any(x is not None and x.dtype == torch.float16 for x in self.student)
         whole = self.problem.shards is None
         return needs_gradient and whole and not half and row_losses.is_scale_known(self.problem, self.options)
 
@@ -87,6 +90,12 @@ class _Call(NamedTuple):
 
     def logits(self) -> Iterator[tuple[slice | Tensor, Tensor, Tensor | TopK]]:
         """(rows, student's logits, the teacher's logits or top k) of every chunk, all logits in the same memory."""
+        for name, tensor, version in self.watched:
+            if tensor._version != version:
+                raise RuntimeError(
+                    f"{name} was modified in place after fused_linear_ea_kd_loss, whose backward reads it again; "
+                    f"modify it after backward, or pass {name}.clone()"
+                )
         rows = min(self.chunk, len(self.student.hidden))
         shape = self.problem.rows.student_logits
         student = shape.new_empty(rows, len(self.student.weight))
@@ -131,6 +140,20 @@ class _Call(NamedTuple):
         return None if self.labels is None else self.labels[chunk]
 
 
+class _Watched(NamedTuple):
+    name: str
+    tensor: Tensor
+    version: int
+
+
+def _watched(teacher: Teacher, labels, options) -> tuple[_Watched, ...]:
+    """What backward reads again, and autograd does not know of."""
+    named = {**teacher.named, "labels": labels, "teacher_class_weights": options.teacher_class_weights}
+    if torch.is_tensor(options.temperature) and not options.temperature.requires_grad:
+        named["temperature"] = options.temperature
+    return tuple(_Watched(name, x, x._version) for name, x in named.items() if x is not None and not x.is_inference())
+
+
 def _statistics(call: _Call) -> Sequence[Tensor]:
     """stats.PUBLIC_FIELDS, [N] each."""
     if call.problem.shards is None:
@@ -157,7 +180,8 @@ def _computed(logits: Tensor) -> Tensor:
 
 
 class _OnePass(Function):
-    """(loss 0-d, and [N] each: row losses, weights, stats.PUBLIC_FIELDS). apply(_Call, *Head)."""
+    """(loss 0-d, anchor as autograd.OnePass has it, and [N] each: row losses, weights, stats.PUBLIC_FIELDS).
+    apply(_Call, *Head)."""
 
     @staticmethod
     def forward(ctx, call: _Call, *head):
@@ -176,15 +200,16 @@ class _OnePass(Function):
         ctx.backend = call.problem.backend
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*fields)
-        ctx.save_for_backward(total, *gradient.finished())
-        return total, *fields
+        anchor = torch.empty_like(total)
+        ctx.save_for_backward(anchor, *gradient.finished())
+        return total, anchor, *fields
 
     @staticmethod
     def backward(ctx, g_loss, *_):
-        total, *gradients = ctx.saved_tensors
+        anchor, *gradients = ctx.saved_tensors
         if g_loss is None:
             return (None,) * (1 + len(gradients))
-        return None, *(None if g is None else once(scaled(g, g_loss, ctx.backend), total) for g in gradients)
+        return None, *(None if g is None else once(scaled(g, g_loss, ctx.backend), anchor) for g in gradients)
 
 
 class _WholeRows:

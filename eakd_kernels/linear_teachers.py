@@ -9,6 +9,7 @@ from . import row_losses
 from .functional import loss_of_logits, row_fields
 from .projection import Head, check_head
 from .sparse_teacher import TopK, fields_of_topk, loss_of_topk, validate_student
+from .sparse_validation import check_sparse_teacher
 from .validation import Problem, validate
 
 
@@ -28,10 +29,16 @@ class DenseTeacher(NamedTuple):
     def tensors(self) -> tuple[Tensor | None, ...]:
         return (self.given,) if self.head is None else self.head
 
+    @property
+    def named(self) -> dict[str, Tensor | None]:
+        if self.head is None:
+            return {"teacher_logits": self.given}
+        return dict(zip(("teacher_hidden", "teacher_weight", "teacher_bias"), self.head, strict=True))
+
     def flat(self) -> "DenseTeacher":
         if self.head is not None:
             return self._replace(head=self.head.flat())
-        return self._replace(given=self.given.reshape(-1, self.given.shape[-1]))
+        return self._replace(given=self.given.flatten(0, -2) if self.given.dim() > 1 else self.given[None])
 
     def rows(self, chunk: Tensor | slice, out: Tensor) -> Tensor:
         return self.given[chunk] if self.head is None else self.head.logits(chunk, out)
@@ -63,6 +70,10 @@ class SparseTeacher(NamedTuple):
     def tensors(self) -> tuple[Tensor | None, ...]:
         return ()
 
+    @property
+    def named(self) -> dict[str, Tensor | None]:
+        return {f"teacher_topk[{i}]": x for i, x in enumerate(self.topk)}
+
     def flat(self) -> "SparseTeacher":
         ids, logprobs, entropy = self.topk
         entropy = None if entropy is None else entropy.reshape(-1)
@@ -91,7 +102,8 @@ def _wants_cross_entropy(labels: Tensor | None, options) -> bool:
 
 
 def teacher_of(student: Head, hidden, weight, bias, logits, topk, model) -> Teacher:
-    """The one form that is given. topk: (ids, logprobs), with an entropy, or with entropy and lse."""
+    """The one form that is given. topk: (ids, logprobs), with an entropy, or with entropy and lse. model: None unless
+    its options are given."""
     check_head("student", student)
     forms = {"teacher_hidden": hidden, "teacher_logits": logits, "teacher_topk": topk}
     given = [name for name, value in forms.items() if value is not None]
@@ -108,16 +120,20 @@ def teacher_of(student: Head, hidden, weight, bias, logits, topk, model) -> Teac
             got = f"{len(topk)} tensors" if isinstance(topk, tuple | list) else type(topk).__name__
             raise TypeError(f"teacher_topk must be (ids, logprobs) or what teacher_topk() returns, got {got}")
         ids, logprobs, entropy, _ = (*topk, None, None)[:4]
-        _check_leading("teacher_topk", ids, student)
+        check_sparse_teacher(ids, logprobs, entropy, student.hidden)
         return SparseTeacher(TopK(ids, logprobs, entropy), model)
+    if model is not None:
+        raise ValueError(
+            f'tail and teacher_temperature go with teacher_topk, got {form}; leave them at "bucket" and 1.0'
+        )
     if form == "teacher_logits":
         _check_leading(form, logits, student)
         return DenseTeacher(None, logits)
     head = Head(hidden, weight, bias)
     check_head("teacher", head)
     _check_leading(form, hidden, student)
-    for name, tensor in (("teacher_hidden", hidden), ("teacher_weight", weight)):
-        if tensor.requires_grad:
+    for name, tensor in (("teacher_hidden", hidden), ("teacher_weight", weight), ("teacher_bias", bias)):
+        if tensor is not None and tensor.requires_grad:
             raise ValueError(f"{name} requires grad, and the teacher gets no gradient here: pass {name}.detach()")
     return DenseTeacher(head, None)
 

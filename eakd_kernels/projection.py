@@ -26,18 +26,23 @@ class Head(NamedTuple):
     bias: Tensor | None  # [V]
 
     def flat(self) -> "Head":
-        return self._replace(hidden=self.hidden.reshape(-1, self.hidden.shape[-1]))
+        return self._replace(hidden=self.hidden.flatten(0, -2) if self.hidden.dim() > 1 else self.hidden[None])
 
     def logits(self, rows: Tensor | slice, out: Tensor) -> Tensor:
         """Those of some rows, into the first of `out` [chunk, V], fp32 or fp64."""
         hidden = self.hidden[rows]
         out = out[: len(hidden)]
-        if hidden.is_cuda and out.dtype != hidden.dtype == self.weight.dtype:
+        if self.takes_units(out.dtype):
             torch.mm(hidden, self.weight.t(), out_dtype=out.dtype, out=out)
         else:
             for block in _blocks(self.weight, out.dtype):
                 torch.mm(hidden.to(out.dtype), self.weight[block].to(out.dtype).t(), out=out[:, block])
         return out if self.bias is None else out.add_(self.bias)
+
+    def takes_units(self, dtype: torch.dtype) -> bool:
+        """Whether a GPU multiplies these 16-bit tensors into `dtype`, which is fp32."""
+        hidden, weight, _ = self
+        return hidden.is_cuda and hidden.dtype == weight.dtype and weight.dtype.itemsize == 2 and dtype == torch.float32
 
 
 class HeadGradient:
@@ -59,11 +64,14 @@ class HeadGradient:
         """gradient: [chunk, V] of the logits of these rows; fp32 or fp64."""
         if len(gradient) == 0:
             return
-        hidden, weight, _ = self.head
-        on_units = hidden.is_cuda and gradient.dtype != hidden.dtype == weight.dtype
+        with torch.autocast(gradient.device.type, enabled=False):  # backward may run in one
+            self._add(rows, gradient)
+
+    def _add(self, rows: Tensor | slice, gradient: Tensor) -> None:
+        hidden = self.head.hidden
         if self.bias is not None:
             self.bias += gradient.sum(0)
-        if on_units:
+        if self.head.takes_units(gradient.dtype):
             gradient = gradient.to(hidden.dtype)
         if self.hidden is not None:
             self.hidden[rows] = self._of_hidden(gradient)
@@ -71,18 +79,18 @@ class HeadGradient:
             self._add_to_weight(gradient, hidden[rows])
 
     def _of_hidden(self, gradient: Tensor) -> Tensor:
-        weight = self.head.weight
+        hidden, weight, _ = self.head
         if gradient.dtype == weight.dtype:
-            return gradient @ weight
+            return (gradient @ weight).to(hidden.dtype)
         total = gradient.new_zeros(len(gradient), weight.shape[1])
         for block in _blocks(weight, gradient.dtype):
             total.addmm_(gradient[:, block], weight[block].to(gradient.dtype))
-        return total.to(self.head.hidden.dtype)
+        return total.to(hidden.dtype)
 
     def _add_to_weight(self, gradient: Tensor, hidden: Tensor) -> None:
         if gradient.dtype == self.accumulator:
             self.weight.addmm_(gradient.t(), hidden.to(gradient.dtype))
-        elif gradient.dtype == hidden.dtype:  # a GPU's 16-bit product into an fp32 sum
+        elif gradient.dtype == hidden.dtype == self.head.weight.dtype:  # a GPU's 16-bit product into an fp32 sum
             torch.addmm(self.weight, gradient.t(), hidden, out_dtype=self.accumulator, out=self.weight)
         else:
             hidden = hidden.to(gradient.dtype)
@@ -124,6 +132,7 @@ class Recomputed(Function):
 
 def chunk_size(columns: int, dtype: torch.dtype, device: torch.device) -> int:
     """How many rows' logits to hold at a time; columns: of all sides that are made."""
+    columns = max(columns, 1)  # a rank may have none
     row_bytes = columns * dtype.itemsize
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)

@@ -216,7 +216,8 @@ def _log_p(teacher: _TeacherRows, model: _Model, exponent: float | Tensor, empty
     if model.tail == "renormalize":
         return _log_softmax(powers)
     rest = -_logsumexp(teacher.logprobs).expm1()
-    nothing = teacher.complete | (empty & (rest <= _ROUNDING))
+    unnamed = masked.all(-1, keepdim=True)  # with an empty rest, a vocabulary that is masked throughout
+    nothing = teacher.complete | (empty & ((rest <= _ROUNDING) | unnamed))
     log_rest = torch.where(nothing, 0.0, rest.clamp(min=teacher.smallest_rest).log())
     log_rest = torch.where(nothing, -torch.inf, log_rest * exponent)
     log_p = _log_softmax(torch.cat([powers, log_rest], -1))

@@ -7,6 +7,7 @@ from .validation import check_device, check_per_row
 
 
 def check_sparse_teacher(ids, logprobs, entropy, student) -> None:
+    """student: any tensor [..., columns] of the student's."""
     for name, tensor in (("teacher_ids", ids), ("teacher_logprobs", logprobs)):
         if not torch.is_tensor(tensor):
             raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
@@ -25,11 +26,10 @@ def check_sparse_teacher(ids, logprobs, entropy, student) -> None:
         raise TypeError(f"teacher_ids must be int64 or int32, got {ids.dtype}")
     if not logprobs.is_floating_point():
         raise TypeError(f"teacher_logprobs must be floating-point, got {logprobs.dtype}")
-    if logprobs.requires_grad:
-        raise ValueError(
-            "teacher_logprobs requires grad, and the teacher gets no gradient here: pass teacher_logprobs.detach()"
-        )
     check_per_row("teacher_entropy", entropy, student.shape[:-1], student, "floating-point")
+    for name, tensor in (("teacher_logprobs", logprobs), ("teacher_entropy", entropy)):
+        if tensor is not None and tensor.requires_grad:
+            raise ValueError(f"{name} requires grad, and the teacher gets no gradient here: pass {name}.detach()")
 
 
 def check_ids(ids, given, beyond, vocab_size) -> None:

@@ -30,6 +30,16 @@ def test_retain_graph(options, backend):
 
 
 @pytest.mark.parametrize("options", PATHS, ids=str)
+def test_a_loss_modified_in_place(options, backend):
+    student, teacher = make_logits(4, 60)
+    (want,) = torch.autograd.grad(loss_of(student, teacher, backend, **options) / 4, student)
+    loss = loss_of(student, teacher, backend, **options)
+    loss /= 4
+    (gradient,) = torch.autograd.grad(loss, student)
+    torch.testing.assert_close(gradient, want)
+
+
+@pytest.mark.parametrize("options", PATHS, ids=str)
 def test_double_backward_raises(options, backend):
     student, teacher = make_logits(4, 60)
     (gradient,) = torch.autograd.grad(loss_of(student, teacher, backend, **options), student, create_graph=True)

@@ -1,5 +1,6 @@
 """fused_linear_ea_kd_loss against the dense call on logits that were made: values, dX, dW, db, for every option."""
 
+import re
 import subprocess
 import sys
 
@@ -199,6 +200,28 @@ def test_retained_graphs_scales_and_second_derivatives(recompute):
     (first,) = torch.autograd.grad(loss, hidden, create_graph=True)
     with pytest.raises(RuntimeError, match="double backward"):
         first.sum().backward()
+    loss = fused_linear_ea_kd_loss(hidden, weight, other, head, recompute=recompute)
+    loss *= 3
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_close(torch.autograd.grad(loss, (hidden, weight)), once, 3e-6)
+
+
+@pytest.mark.parametrize("name", ["teacher_weight", "teacher_topk[0]", "labels", "temperature"])
+def test_what_backward_reads_again_must_not_change(name):
+    (hidden, weight, _), (other, head, _) = tensors()
+    temperature, topk = torch.full(ROWS, 2.0), teacher_topk(other @ head.T, 4)[:2]
+    given = dict(teacher_topk=topk) if "topk" in name else dict(teacher_hidden=other, teacher_weight=head)
+    labels = LABELS.clone()
+    changed = {"teacher_weight": head, "teacher_topk[0]": topk[0], "labels": labels, "temperature": temperature}[name]
+    for recompute in (False, True):
+        how = dict(labels=labels, ce_weight=0.5, temperature=temperature, recompute=recompute)
+        loss = fused_linear_ea_kd_loss(hidden, weight, **given, **how)
+        changed.mul_(1)
+        if recompute:
+            with pytest.raises(RuntimeError, match=rf"{re.escape(name)} was modified in place"):
+                loss.backward()
+        else:
+            loss.backward()
 
 
 def test_without_gradients_nothing_is_kept():
@@ -238,12 +261,42 @@ def test_sums_in_fp32_or_in_the_weights_dtype():
     assert off[True] < 2.5e-3 < off[False] < 4e-2
 
 
+MIXED = [  # hidden states, weight, the teacher's weight
+    (torch.bfloat16, torch.float32, torch.float32),
+    (torch.float32, torch.bfloat16, torch.float32),
+    (torch.float64, torch.float32, torch.float32),
+    (torch.float32, torch.float32, torch.float64),
+]
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("accumulate_in_fp32", [True, False])
+@pytest.mark.parametrize("dtypes", MIXED, ids=lambda dtypes: "-".join(str(dtype)[6:] for dtype in dtypes))
+def test_mixed_dtypes(dtypes, accumulate_in_fp32, recompute):
+    (hidden, weight, _), (other, head, _) = tensors()
+    hidden, weight, head = (
+        x.detach().to(dtype).requires_grad_(x.requires_grad)
+        for x, dtype in zip((hidden, weight, head), dtypes, strict=True)
+    )
+    how = dict(mask=MASK, chunk_rows=4, recompute=recompute, accumulate_in_fp32=accumulate_in_fp32)
+    loss = fused_linear_ea_kd_loss(hidden, weight, other, head, **how)
+    wide = torch.float64 if torch.float64 in dtypes else torch.float32
+    dense = ea_kd_loss(hidden.to(wide) @ weight.to(wide).T, other.to(wide) @ head.to(wide).T, mask=MASK)
+    assert loss.dtype == wide
+    got, wanted = (torch.autograd.grad(x, (hidden, weight)) for x in (loss, dense))
+    assert_close(got, wanted, 2e-2 if torch.bfloat16 in dtypes else 3e-6)
+
+
 def test_fp16_gradients_survive_a_loss_scale():
     (hidden, weight, _), (other, head, _) = tensors(torch.float16)
     loss = fused_linear_ea_kd_loss(hidden, weight, other, head, kd_weight=1e-6) * 2.0**16
     gradients = torch.autograd.grad(loss, (hidden, weight))
     dense = ea_kd_loss(hidden.float() @ weight.float().T, other.float() @ head.float().T, kd_weight=1e-6) * 2.0**16
     assert_close(gradients, torch.autograd.grad(dense, (hidden, weight)), 2e-3)
+    hidden, weight, bias = hidden.float(), weight.float(), torch.zeros(VOCAB, dtype=torch.float16, requires_grad=True)
+    loss = fused_linear_ea_kd_loss(hidden, weight, other, head, student_bias=bias, kd_weight=1e-9) * 2.0**24
+    dense = ea_kd_loss(hidden @ weight.T + bias, other.float() @ head.float().T, kd_weight=1e-9) * 2.0**24
+    assert_close(torch.autograd.grad(loss, [bias]), torch.autograd.grad(dense, [bias]), 2e-3)
 
 
 @pytest.mark.parametrize("recompute", [False, True])
@@ -285,7 +338,19 @@ BAD = [
     (dict(teacher_topk=(X.long(),)), TypeError, r"\(ids, logprobs\).*got 1 tensors"),
     (dict(teacher_topk=(X.long(), X), standardize=True), ValueError, "sparse teacher"),
     (dict(teacher_topk=(X.long(), X), tail="none"), ValueError, "tail"),
+    (dict(teacher_topk=(X.long(), X.transpose(0, 1))), ValueError, r"teacher_logprobs must be .*\(2, 3\)"),
+    (dict(teacher_topk=(X.long(), X[..., :2])), ValueError, r"same shape, got \(2, 3, 4\) and \(2, 3, 2\)"),
+    (dict(teacher_topk=(X.long(), None)), TypeError, "teacher_logprobs must be a tensor, got NoneType"),
+    (dict(teacher_topk=(X.long(), X, X[..., 0].flatten())), ValueError, r"teacher_entropy.*\(2, 3\)"),
+    (dict(teacher_hidden=X, teacher_weight=W, teacher_temperature=2.0), ValueError, "go with teacher_topk, got"),
+    (dict(teacher_logits=torch.zeros(2, 3, 9), tail="zero"), ValueError, "go with teacher_topk, got teacher_logits"),
+    (
+        dict(teacher_hidden=X, teacher_weight=W, teacher_bias=torch.zeros(9, requires_grad=True)),
+        ValueError,
+        r"teacher_bias.detach\(\)",
+    ),
     (dict(teacher_hidden=X, teacher_weight=W, chunk_rows=0), ValueError, "chunk_rows must be an int >= 1"),
+    (dict(teacher_hidden=X, teacher_weight=W, chunk_rows=True), ValueError, "chunk_rows must be an int >= 1"),
     (dict(teacher_hidden=X, teacher_weight=W, recompute="yes"), TypeError, "recompute"),
     (dict(teacher_hidden=X, teacher_weight=W, inplace_gradient=True), TypeError, "inplace_gradient"),
     (dict(teacher_hidden=X, teacher_weight=W, mask=torch.ones(3, dtype=torch.bool)), ValueError, "mask"),

@@ -181,6 +181,34 @@ def test_blocks_of_a_chunk(case, world):
     check(world, "4 uneven", {"teacher": make()[1]}, DENSE[case], positions(ROWS), block=1)
 
 
+def teacher_as(form, teacher, columns=slice(None)):
+    hidden, weight = teacher
+    if form == "hidden states":
+        return {"teacher_hidden": hidden, "teacher_weight": weight[columns]}
+    logits = hidden @ weight.T
+    return {"teacher_logits": logits[:, columns]} if form == "logits" else {"teacher_topk": teacher_topk(logits, 9)[:2]}
+
+
+def without_columns(student, teacher, form):
+    """As many rows a chunk as memory allows."""
+    columns = own_columns((VOCAB, 0))
+    weight, teacher = student[1][columns].clone().requires_grad_(), teacher_as(form, teacher, columns)
+    loss = fused_linear_ea_kd_loss(student[0], weight, **teacher, process_group=dist.group.WORLD)
+    loss.backward()
+    return loss.detach(), weight.grad
+
+
+@pytest.mark.parametrize("form", ["hidden states", "logits", "top k"])
+def test_a_rank_without_columns(form, world):
+    student, teacher = make()
+    (loss, gradient), (other, nothing) = world(2).run(without_columns, student, teacher, form)
+    weight = student[1].clone().requires_grad_()
+    whole = fused_linear_ea_kd_loss(student[0], weight, **teacher_as(form, teacher))
+    assert torch.equal(loss, other) and not len(nothing)
+    assert_close(loss, whole.detach(), 4e-6)
+    assert (gradient - torch.autograd.grad(whole, weight)[0]).norm() <= 3e-6 * gradient.norm()
+
+
 @pytest.mark.parametrize("case", ["plain", "JSD"])
 def test_teachers_as_logits(case, world):
     hidden, weight = make()[1]

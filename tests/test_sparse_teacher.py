@@ -254,6 +254,25 @@ def test_module():
         TopKEAKDLoss(tail="none")
 
 
+@pytest.mark.parametrize("tail", TAILS)
+def test_fully_masked_vocabulary(tail, backend):
+    student = torch.full((2, 20), -torch.inf, requires_grad=True)
+    ids, logprobs, entropy, _ = teacher_topk(student.detach(), 4)
+    for given in (entropy, None):
+        loss, stats = topk_ea_kd_loss(
+            student,
+            ids,
+            logprobs,
+            teacher_entropy=given,
+            tail=tail,
+            weighting="none",
+            return_stats=True,
+            backend=backend,
+        )
+        (gradient,) = torch.autograd.grad(loss, student)
+        assert loss == 0 and not stats.divergence.any() and not stats.teacher_entropy.any() and not gradient.any()
+
+
 Z, Y = make_logits(2, 3, 10)
 IDS, LOGPROBS, _, _ = teacher_topk(Y, 4)
 TWICE = IDS.clone()
@@ -277,6 +296,7 @@ TWICE[1, 2, 3] = TWICE[1, 2, 0]
         ({"teacher_logprobs": LOGPROBS.clone().requires_grad_()}, ValueError, r"teacher_logprobs\.detach\(\)"),
         ({"teacher_entropy": LOGPROBS}, ValueError, r"teacher_entropy.*\(2, 3\)"),
         ({"teacher_entropy": 1.0}, TypeError, "teacher_entropy.*float"),
+        ({"teacher_entropy": torch.ones(2, 3, requires_grad=True)}, ValueError, r"teacher_entropy\.detach\(\)"),
         ({"tail": "drop"}, ValueError, "tail.*bucket.*drop"),
         ({"tail": None}, TypeError, "tail.*None"),
         ({"teacher_temperature": 0.0}, ValueError, "teacher_temperature.*> 0"),

@@ -107,6 +107,16 @@ def test_far_from_zero(name, world):
     check(world, LAYOUTS["2 even"], student, teacher, positions(ROWS), CASES[name], collectives=collectives_of(name))
 
 
+@pytest.mark.parametrize("name", ["plain", "cross-entropy", "reverse", "temperatures", "class weights", "caps"])
+def test_masked_shards_far_from_zero(name, world, kernels):
+    """A shard of -inf has no maximum of its own, and 0 is far from that of the row."""
+    student, teacher = (x.detach().mul(64).round().div(64) - 1024 for x in make_logits(ROWS, VOCAB))
+    student[:3, 31:] = teacher[:3, 31:] = -math.inf
+    teacher[3, 31:] = -math.inf if name != "reverse" else -1024
+    options = {**CASES[name], "student_softcap": None, "teacher_softcap": None}
+    check(world, LAYOUTS["2 even"], student, teacher, torch.full((ROWS,), 4), options, backend=kernels)
+
+
 def strained(first):
     """Rows in which shards, the first of `first` columns, have no mass on one side or on both, NaN, +inf or less."""
     student, teacher = (x.detach() for x in make_logits(14, VOCAB))

@@ -38,6 +38,7 @@ class RecipeRow {
   void write_gradient(const double* common, const double (*tau)[kNumTauFields], const RowUpstream<double>& upstream) {
     if (!loaded_) load();
     sums_.rest_My = common[kRestTeacherMax], sums_.rest_Mz = common[kRestStudentMax];
+    row_.fill_empty_centres(sums_.rest_My, sums_.rest_Mz);  // a shard of -inf, in a row that is not
     TauBasis<double> bases[kMostTemperatures];
     double at_label = 0;
     for (int k = 0; k < recipe_.count; ++k) {

@@ -32,7 +32,7 @@ class Provenance:
         entropy_temperature: of the entropy.
         settings: anything else that decides the numbers (corpus, longest sequence, dtype ...), as strings.
 
-    Raises CacheError where k, vocab_size or a temperature is out of range."""
+    Raises CacheError where k or vocab_size is no int, or one of these or a temperature is out of range."""
 
     teacher: str
     tokenizer: str
@@ -43,6 +43,9 @@ class Provenance:
     settings: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self):
+        for name in ("vocab_size", "k"):
+            if type(getattr(self, name)) is not int:
+                raise CacheError(f"{name} must be an int, got {getattr(self, name)!r}")
         if not 1 <= self.k <= self.vocab_size:
             raise CacheError(f"k must be between 1 and vocab_size={self.vocab_size}, got {self.k}")
         for name in ("temperature", "entropy_temperature"):
@@ -152,12 +155,20 @@ def open_shard(path: Path) -> Shard:
         if isinstance(error, OSError) and error.errno is not None:
             raise  # not Arrow's: no such file, no permission
         raise CacheError(f"{path} is truncated or damaged, or no Parquet file: {error}") from error
-    header = _header(path, file)
+    found = _metadata(path, file)
     try:
-        provenance = Provenance(**header["provenance"])
-        shard = Shard(path, file, provenance, int(header["rows_per_shard"]))
-    except (KeyError, TypeError) as error:
+        header = json.loads(found)
+        newer = header["format_version"] > FORMAT_VERSION
+        if not newer:
+            provenance = Provenance(**header["provenance"])
+            shard = Shard(path, file, provenance, int(header["rows_per_shard"]))
+    except (KeyError, TypeError, ValueError) as error:
         raise CacheError(f"{path} has other metadata than a teacher cache: {error!r}") from error
+    if newer:
+        raise CacheError(
+            f"{path} has format version {header['format_version']}, written by eakd_kernels "
+            f"{header.get('package_version')}; this version reads up to {FORMAT_VERSION}"
+        )
     if not file.schema_arrow.equals(_columns(provenance.k)):
         columns = file.schema_arrow.remove_metadata()
         raise CacheError(f"{path} has other columns than a teacher cache of k={provenance.k}:\n{columns}")
@@ -169,17 +180,11 @@ def open_shard(path: Path) -> Shard:
     return shard
 
 
-def _header(path: Path, file: pq.ParquetFile) -> dict:
+def _metadata(path: Path, file: pq.ParquetFile) -> bytes:
     found = (file.schema_arrow.metadata or {}).get(_METADATA_KEY)
     if found is None:
         raise CacheError(f"{path} was not written by eakd_kernels: its metadata has no {_METADATA_KEY.decode()!r}")
     # Arrow keeps it in the file's metadata and again in the schema's. The footer has no checksum, this takes its place.
     if (file.metadata.metadata or {}).get(_METADATA_KEY) != found:
         raise CacheError(f"{path} has damaged metadata: its two copies differ")
-    header = json.loads(found)
-    if header["format_version"] > FORMAT_VERSION:
-        raise CacheError(
-            f"{path} has format version {header['format_version']}, written by eakd_kernels "
-            f"{header['package_version']}; this version reads up to {FORMAT_VERSION}"
-        )
-    return header
+    return found

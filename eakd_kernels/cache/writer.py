@@ -51,8 +51,8 @@ class TeacherCacheWriter:
     def __init__(
         self, path: str | os.PathLike, provenance: Provenance, *, rows_per_shard: int = 256, resume: bool = False
     ):
-        if rows_per_shard < 1:
-            raise CacheError(f"rows_per_shard must be at least 1, got {rows_per_shard}")
+        if type(rows_per_shard) is not int or rows_per_shard < 1:
+            raise CacheError(f"rows_per_shard must be an int >= 1, got {rows_per_shard!r}")
         self.path, self.provenance, self.rows_per_shard = Path(path), provenance, rows_per_shard
         self._schema = schema(provenance, rows_per_shard)
         self._full_shards = 0
@@ -77,7 +77,7 @@ class TeacherCacheWriter:
         Args:
             input_ids: [L], integers below vocab_size.
             ids, logprobs: [L, k], the teacher's likeliest tokens after each and their log-probabilities in nats at
-                `temperature`, stored in fp16.
+                `temperature`, stored in fp16; -inf is padding.
             entropy: [L], nats, of the whole distribution at `entropy_temperature`; stored in fp32.
             lse: [L], logsumexp(logits / temperature); stored in fp32.
 
@@ -150,6 +150,8 @@ class TeacherCacheWriter:
                 raise CacheError(f"{path} has {shard.rows} rows, of {self.rows_per_shard} it must have before the last")
 
     def _as_row(self, **tensors: Tensor) -> pa.RecordBatch:
+        if tensors["input_ids"].dim() != 1:
+            raise ValueError(f"input_ids must have shape [L], got {list(tensors['input_ids'].shape)}")
         length, k = len(tensors["input_ids"]), self.provenance.k
         for name, tensor in tensors.items():
             shape = (length, k) if name in ("ids", "logprobs") else (length,)
@@ -166,8 +168,13 @@ class TeacherCacheWriter:
 
     def _check_values(self, arrays: dict[str, np.ndarray]) -> None:
         for name, array in arrays.items():
-            if array.dtype.kind == "f" and np.isnan(array).any():
-                raise ValueError(f"{name} has NaN in {int(np.isnan(array).sum())} of {array.size} places")
+            if array.dtype.kind == "f":
+                wrong = ~np.isfinite(array)
+                if name == "logprobs":
+                    wrong &= array != -np.inf
+                if wrong.any():
+                    found = "NaN" if np.isnan(array).any() else f"infinities, as {array.dtype},"
+                    raise ValueError(f"{name} has {found} in {int(wrong.sum())} of {array.size} places")
             size = self.provenance.vocab_size
             if array.dtype.kind == "i" and array.size and not 0 <= array.min() <= array.max() < size:
                 raise ValueError(f"{name} must lie in [0, vocab_size={size}), got {array.min()} to {array.max()}")

@@ -119,12 +119,17 @@ def test_half_precision_is_enough(tmp_path):
         ("logprobs", torch.full((2, K), float("nan")), "NaN in 8 of 8"),
         ("entropy", torch.zeros(2, 1), r"shape \[2\], got \[2, 1\]"),
         ("lse", torch.tensor([0.0, float("nan")]), "NaN in 1 of 2"),
+        ("lse", torch.tensor([0.0, 1e300], dtype=torch.float64), "infinities, as float32, in 1 of 2"),
+        ("logprobs", torch.full((2, K), 1e5), "infinities, as float16, in 8 of 8"),
+        ("entropy", torch.tensor([-torch.inf, 0.0]), "infinities, as float32, in 1 of 2"),
+        ("input_ids", torch.tensor(1), r"shape \[L\], got \[\]"),
         ("ids", torch.zeros(2, K), "must be integers"),
         ("lse", torch.zeros(2, dtype=torch.int64), "must be floating-point"),
     ],
 )
 def test_what_does_not_fit_is_not_added(tmp_path, name, tensor, message):
     good = {"ids": torch.zeros(2, K, dtype=torch.int64), "logprobs": torch.zeros(2, K)}
+    good["logprobs"][0, 1:] = -torch.inf  # padding
     good |= {"input_ids": torch.tensor([0, 1]), "entropy": torch.zeros(2), "lse": torch.zeros(2)}
     with TeacherCacheWriter(tmp_path, PROVENANCE) as writer:
         with pytest.raises(ValueError, match=f"{name} .*{message}"):
@@ -134,7 +139,11 @@ def test_what_does_not_fit_is_not_added(tmp_path, name, tensor, message):
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"k": 0}, {"k": VOCABULARY + 1}, {"temperature": 0.0}, {"entropy_temperature": -1.0}]
+    "wrong",
+    [
+        *({"k": 0}, {"k": VOCABULARY + 1}, {"k": 1.5}, {"vocab_size": "100"}),
+        *({"temperature": 0.0}, {"entropy_temperature": -1.0}),
+    ],
 )
 def test_impossible_provenance(wrong):
     with pytest.raises(CacheError, match=next(iter(wrong))):
@@ -165,6 +174,12 @@ def test_resuming_another_cache_says_what_differs(cache, changed):
 def test_resuming_with_other_shards(cache):
     with pytest.raises(CacheError, match="rows_per_shard=3, not 5"):
         TeacherCacheWriter(cache, PROVENANCE, rows_per_shard=5, resume=True)
+
+
+@pytest.mark.parametrize("rows", [0, 2.5, "2", True])
+def test_impossible_shards(tmp_path, rows):
+    with pytest.raises(CacheError, match="rows_per_shard must be an int >= 1, got"):
+        TeacherCacheWriter(tmp_path, PROVENANCE, rows_per_shard=rows)
 
 
 def test_a_cache_is_not_overwritten(cache):

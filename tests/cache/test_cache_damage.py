@@ -102,6 +102,11 @@ def test_foreign_files(tmp_path):
     [
         (lambda header: header | {"format_version": 2}, "format version 2, .*reads up to 1"),
         (lambda header: {"format_version": 1}, "other metadata"),
+        (lambda header: {"package_version": "1"}, "other metadata.*format_version"),
+        (lambda header: [header], "other metadata"),
+        (lambda header: header | {"format_version": "2"}, "other metadata"),
+        (lambda header: header | {"rows_per_shard": "some"}, "other metadata.*some"),
+        (lambda header: header | {"provenance": header["provenance"] | {"k": 1000}}, "other metadata.*got 1000"),
         (lambda header: header | {"provenance": header["provenance"] | {"k": 5}}, "other columns"),
         (lambda header: header | {"rows_per_shard": 2}, "3 rows"),
     ],
