@@ -1,11 +1,13 @@
 """Measurements as tables, goals and README, of numbers known beforehand and of the files in benchmarks/results."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
-from benchmarks import measure, report
+from benchmarks import measure, plot, report
 from benchmarks.cases import Case, Goal, cases
 
 README = Path(__file__).parents[1] / "README.md"
@@ -82,7 +84,8 @@ def test_the_table_goes_between_the_markers():
 
 
 def test_a_gpus_table_goes_below_the_cpus(monkeypatch, tmp_path):
-    rows = [a_row(MAIN, "eakd triton", ms="2.5", percent_of_copy="51.2")]
+    quartiles = {f"{column}_{q}": "2.5" for column in ("ms", "x_eager") for q in ("q1", "q3")}
+    rows = [a_row(MAIN, "eakd triton", ms="2.5", x_eager="2.5", percent_of_copy="51.2", **quartiles)]
     readme, results = tmp_path / "README.md", tmp_path / "results"
     begin, end = report.markers("cpu")
     readme.write_text(f"above\n{begin}\nold\n{end}\nbelow\n")
@@ -93,9 +96,11 @@ def test_a_gpus_table_goes_below_the_cpus(monkeypatch, tmp_path):
         report.main()
         gpu_begin, gpu_end = report.markers("cuda")
         assert readme.read_text() == (
-            f"above\n{begin}\n{report.table(report.load(cpu))}\n{end}\n\n"
-            f"{gpu_begin}\n{report.summary(rows)}\n{gpu_end}\nbelow\n"
+            f"above\n{begin}\n{report.for_readme(report.load(cpu))}\n{end}\n\n"
+            f"{gpu_begin}\n{report.for_readme(rows)}\n{gpu_end}\nbelow\n"
         )
+        pictures = re.findall(r"\]\((.*?)\)", readme.read_text())
+        assert len(pictures) == 2 and all((tmp_path / path).is_file() for path in pictures)
 
 
 def test_the_latest_file_of_each_device_is_chosen(tmp_path):
@@ -107,12 +112,71 @@ def test_the_latest_file_of_each_device_is_chosen(tmp_path):
     assert names == {"h1-torch2.11.0-2026-01-02.csv", "h2-torch2.11.0-2026-01-02.csv"}
 
 
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_readme_shows_files_of_results(device):
+def shown(readme, device):
     begin, end = report.markers(device)
-    shown = README.read_text().partition(begin)[2].partition(end)[0]
-    for path in report.RESULTS.glob("*.csv"):
-        rows = report.load(path)
-        if report.device(rows) == device:
-            shown = shown.replace(report.for_readme(rows), "")
-    assert not shown.strip()
+    return readme.partition(begin)[2].partition(end)[0]
+
+
+@pytest.fixture(scope="module")
+def regenerated(tmp_path_factory):
+    """What `make plots` would write: README, and the folder of pictures."""
+    folder = tmp_path_factory.mktemp("regenerated")
+    (folder / "README.md").write_text(README.read_text())
+    report.publish(report.newest(), folder / "README.md")
+    return folder / "README.md", folder / "docs" / "plots"
+
+
+def test_readme_shows_the_newest_results(regenerated):
+    """`make plots` makes it so."""
+    assert regenerated[0].read_text() == README.read_text()
+    assert shown(README.read_text(), "cpu").strip()
+
+
+def test_the_pictures_are_of_the_newest_results(regenerated):
+    """`make plots` makes them so."""
+    drawn = {path.name: path for path in regenerated[1].iterdir()}
+    assert {path.name for path in report.PLOTS.iterdir()} == set(drawn)
+    for name, path in drawn.items():
+        assert_same_picture((report.PLOTS / name).read_text(), path.read_text())
+
+
+def test_another_figure_is_another_picture(tmp_path):
+    (path,) = (path for path in report.latest(report.RESULTS) if report.device(report.load(path)) == "cpu")
+    rows = report.load(path)
+    row = next(row for row in rows if row["provider"] == "eakd cpu" and row["dtype"] == "bf16")
+    before = {path.name: path.read_text() for path in plot.draw([rows], tmp_path)}
+    assert set(before) == {"overview-cpu.svg", "time-cpu.svg", "ratios-cpu.svg"}
+    row["ms"], row["x_eager"] = str(float(row["ms"]) * 1.1), str(float(row["x_eager"]) / 1.1)
+    for path in plot.draw([rows], tmp_path):
+        with pytest.raises(AssertionError):
+            assert_same_picture(before[path.name], path.read_text())
+
+
+def assert_same_picture(svg, other):
+    """Words, and where the marks of measurements are, to a tenth of a pixel.
+
+    Not bytes: between its versions, matplotlib rounds, orders and names what is in a file differently.
+    """
+    (words, marks), (other_words, other_marks) = contents(svg), contents(other)
+    assert words == other_words
+    assert marks.keys() == other_marks.keys()
+    for name, numbers in marks.items():
+        assert numbers == pytest.approx(other_marks[name], abs=0.1), name
+
+
+def contents(svg):
+    """Words in alphabetical order, and the coordinates of what has a measurement's name."""
+    elements = list(ElementTree.fromstring(svg).iter())
+    words = sorted("".join(element.itertext()) for element in elements if element.tag.endswith("}text"))
+    marks = {}
+    for element in elements:
+        if ": " in (name := element.get("id", "")):
+            paths = [path.get("d", "") for path in element.iter() if path.tag.endswith("}path")]
+            places = [use.get(axis, "") for use in element.iter() for axis in "xy" if use.tag.endswith("}use")]
+            marks[name] = [float(number) for number in re.findall(r"-?[\d.]+", " ".join((*paths, *places)))]
+    return words, marks
+
+
+def test_what_a_file_has_nothing_of_is_not_drawn(tmp_path):
+    rows = [a_row(replace(MAIN, operation="statistics"), "eakd triton", ms="1")]
+    assert plot.draw([rows], tmp_path) == []
