@@ -43,7 +43,8 @@ def table(rows: list[Row]) -> str:
         "GB/s": lambda row: _number(row["gb_per_s"]),
         "% of copy": lambda row: _number(row["percent_of_copy"]),
         "% at 5 streams": lambda row: _number(row.get("percent_at_5_streams", "")),
-        "memory, x logits": lambda row: _number(row["peak_memory"]),
+        "peak memory, x logits": lambda row: _number(row["peak_memory"]),
+        "retained": lambda row: _number(row.get("retained_memory", "")),
         "error, loss": lambda row: row.get("loss_error", ""),
         "error, gradient": lambda row: row.get("gradient_error", ""),
     }
@@ -90,7 +91,8 @@ def summary(rows: list[Row]) -> str:
         "% of copy": lambda row: row["percent_of_copy"] and f"{_number(row['percent_of_copy'])} at {_streams(row)}",
         "at 5": lambda row: _number(row["percent_at_5_streams"]),
         **{f"x {name}": lambda row, column=column: _number(row[column]) for column, name in BASELINES.items()},
-        "memory, x logits": lambda row: _number(row["peak_memory"]),
+        "peak memory, x logits": lambda row: _number(row["peak_memory"]),
+        "retained": lambda row: _number(row.get("retained_memory", "")),
     }
     table = _tabulate(measured, columns)
     return f"{heading(rows)} Loss and gradient; medians of {_rounds(rows)}.\n\n{table}\n\n{legend(rows)}"

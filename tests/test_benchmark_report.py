@@ -7,6 +7,8 @@ from xml.etree import ElementTree
 
 import pytest
 
+pytest.importorskip("matplotlib")  # `make gpu` collects this file on machines that may have none
+
 from benchmarks import measure, plot, report
 from benchmarks.cases import Case, Goal, cases
 

@@ -1,6 +1,8 @@
-"""The benchmarks run: every case and provider once on two rows; timing and report on numbers known beforehand."""
+"""The benchmarks run: every case and provider once on two rows; timing on numbers known beforehand."""
 
 import gc
+import json
+import subprocess
 import sys
 from dataclasses import replace
 from functools import partial
@@ -17,11 +19,9 @@ from benchmarks.check import Provider
 from benchmarks.memory import memory_on_cpu
 from benchmarks.providers import ea_kd, providers
 
-README = Path(__file__).parents[1] / "README.md"
+ROOT = Path(__file__).parents[1]
 TINY = Case("CIFAR-100", 100, 4, "fp32")
 ON_GPU = cases(full=True, device="cuda")
-needs_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens where there is no GPU")
 
 formula = partial(ea_kd, tau=TINY.temperature, t=TINY.entropy_temperature)
 formula_on_cpu = {"eager": Provider(formula, formula)}
@@ -228,3 +228,22 @@ def test_a_step_needs_and_keeps_its_gradient():
 def test_statistics_keep_nothing():
     case = Case("Llama 2", 32000, 128, "fp32", "statistics")
     assert memory_on_cpu(case, "eakd cpu").retained <= 0.1
+
+
+def test_pytest_times_the_same_cases(tmp_path):
+    """And saves where it ran. The quickest of them is run."""
+    command = [sys.executable, "-m", "pytest", "benchmarks", "-p", "no:cacheprovider", "--benchmark-only"]
+    listed = subprocess.run([*command, "--collect-only"], cwd=ROOT, capture_output=True, text=True).stdout
+    expected = [(name, case) for case in cases() for name in providers(case)]
+    assert listed.count("::test_speed[") == len(expected)
+    assert all(f"[{name}-{case}]".replace(" ", "_") in listed for name, case in expected)
+
+    saved = tmp_path / "saved.json"
+    command += ["-k", "eakd_cpu-CIFAR-100 and fp32", "--benchmark-max-time=0.01", f"--benchmark-json={saved}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+    run = json.loads(saved.read_text())
+    (timed,) = run["benchmarks"]
+    assert timed["group"] == next(str(case) for case in cases() if (case.model, case.dtype) == ("CIFAR-100", "fp32"))
+    assert timed["stats"]["rounds"] >= 15
+    assert run["machine_info"]["eakd_kernels"]["torch"] == torch.__version__
