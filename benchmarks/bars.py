@@ -1,6 +1,7 @@
 """Pictures made of bars: time and memory of a few cases side by side, and how many times faster all of them are."""
 
 from collections.abc import Iterator
+from itertools import accumulate, groupby
 
 from matplotlib.axes import Axes
 
@@ -67,37 +68,33 @@ def ratio_bars(rows: list[Row]) -> Card | None:
     if not ours:
         return None
     ours.sort(key=lambda row: (-int(row["vocab_size"]), -int(row["rows"])))
+    groups = [list(group) for _, group in groupby(ours, lambda row: (row["model"], row["vocab_size"], row["rows"]))]
     step, gap, top = 17, 12, 78
-    places, at, shape = [], top - gap, None
-    for row in ours:
-        at += gap if shape_of(row) != shape else 0
-        places.append(at)
-        at, shape = at + step, shape_of(row)
+    *tops, bottom = accumulate((step * len(group) + gap for group in groups), initial=top)
     caption = f"{heading(rows)} Loss and gradient; medians of {rows[0]['rounds']} rounds; thin lines are quartiles."
-    card = Card(830, at + gap, "How many times faster", caption)
-    shape, backends = None, len({row["provider"] for row in ours})
-    for row, y in zip(ours, places, strict=True):
-        backend = row["provider"].removeprefix("eakd ") if backends > 1 else ""
-        card.text(167, y + 12.5, f"{row['dtype']} {backend}".strip(), color=MUTED, fontsize=9, ha="right")
-        if shape_of(row) != shape:
-            shape = shape_of(row)
-            card.text(MARGIN, y + 12.5, row["model"], fontweight="bold")
-            card.text(
-                MARGIN, y + 12.5 + 16, f"{int(row['vocab_size']):,} {TIMES} {row['rows']}", color=MUTED, fontsize=9
-            )
+    card = Card(830, bottom, "How many times faster", caption)
+    for y, group in zip(tops, groups, strict=True):
+        shape = f"{int(group[0]['vocab_size']):,} {TIMES} {group[0]['rows']}"
+        card.text(MARGIN, y + 12.5, group[0]["model"], fontweight="bold")
+        card.text(MARGIN, y + 28.5, shape, color=MUTED, fontsize=9)
+        for i, row in enumerate(group):
+            card.text(167, y + step * i + 12.5, row["dtype"], color=MUTED, fontsize=9, ha="right")
     for left, column, baseline in ((175, "x_eager", "eager"), (515, "x_compile", "compile")):
         most = max(float(row[f"{column}_q3"] or 0) for row in ours)
-        axes = bar_axes(card.axes(left, top, 297, at - top), at - top, 0, 1.2 * most)
+        axes = bar_axes(card.axes(left, top, 297, bottom - top), bottom, top, 1.4 * most)
         axes.set_title(f"than {PROVIDERS[baseline][0]}")
-        for row, y in zip(ours, places, strict=True):
-            if row[column]:
-                color, note = PROVIDERS[row["provider"]][1], f"{number(row[column])}{TIMES}"
-                bar(axes, y - top + step / 2, row, column, color, note, 0.72 * step, fontsize=9)
+        for y, group in zip(tops, groups, strict=True):
+            for i, row in enumerate(group):
+                if row[column]:
+                    note = f"{number(row[column])}{TIMES}{backend_of(row)}"
+                    color = PROVIDERS[row["provider"]][1]
+                    bar(axes, y + step * (i + 0.5), row, column, color, note, 0.72 * step, fontsize=9)
     return card
 
 
-def shape_of(row: Row) -> tuple[str, ...]:
-    return row["model"], row["vocab_size"], row["rows"]
+def backend_of(row: Row) -> str:
+    """Of which there is only one on a CPU."""
+    return "" if row["provider"] == "eakd cpu" else f" {row['provider'].removeprefix('eakd ')}"
 
 
 def bar_axes(axes: Axes, bottom: float, top: float, most: float) -> Axes:

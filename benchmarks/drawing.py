@@ -23,8 +23,8 @@ PROVIDERS = {
     "liger kl": ("Liger, plain KL", "#009e73"),
     "trl": ("TRL, plain KL", "#cc79a7"),
     "eakd cpu": ("eakd_kernels", "#e0620d"),
-    "eakd cuda": ("eakd_kernels, CUDA", "#e0620d"),
-    "eakd triton": ("eakd_kernels, Triton", "#d39b00"),
+    "eakd cuda": ("eakd, CUDA", "#e0620d"),
+    "eakd triton": ("eakd, Triton", "#d39b00"),
 }
 
 STYLE = {

@@ -29,7 +29,7 @@ def time_against_vocabulary(rows: list[Row]) -> Card | None:
     of_dtype = by_dtype(list(largest.values()))
     for dtype, axes in panels(card, list(of_dtype), 86, 250).items():
         axes.set(xscale="log", yscale="log", xlabel="vocabulary")
-        axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value / 1000:g}k" if value >= 1000 else f"{value:g}")
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:,g}")
         axes.minorticks_off()
         ends = draw(axes, of_dtype[dtype], TIMED, "vocab_size", "ms", lambda row: 1e3 / int(row["rows"]))
