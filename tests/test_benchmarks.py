@@ -2,6 +2,7 @@
 
 import gc
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -233,14 +234,17 @@ def test_statistics_keep_nothing():
 def test_pytest_times_the_same_cases(tmp_path):
     """And saves where it ran. The quickest of them is run."""
     command = [sys.executable, "-m", "pytest", "benchmarks", "-p", "no:cacheprovider", "--benchmark-only"]
-    listed = subprocess.run([*command, "--collect-only"], cwd=ROOT, capture_output=True, text=True).stdout
+    # pytest-benchmark refuses to time inside a worker of pytest-xdist, which this process may be, but that one is not.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    start = partial(subprocess.run, cwd=ROOT, env=environment, capture_output=True, text=True)
+    listed = start([*command, "--collect-only"]).stdout
     expected = [(name, case) for case in cases() for name in providers(case)]
     assert listed.count("::test_speed[") == len(expected)
     assert all(f"[{name}-{case}]".replace(" ", "_") in listed for name, case in expected)
 
     saved = tmp_path / "saved.json"
     command += ["-k", "eakd_cpu-CIFAR-100 and fp32", "--benchmark-max-time=0.01", f"--benchmark-json={saved}"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    done = start(command)
     assert done.returncode == 0, done.stdout
     run = json.loads(saved.read_text())
     (timed,) = run["benchmarks"]
