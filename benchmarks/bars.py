@@ -21,15 +21,16 @@ def overview(rows: list[Row]) -> Card | None:
     height = sum(header + step * len(group) + gap for group in groups)
     caption = (
         f"{heading(rows)} Medians of {rows[0]['rounds']} rounds, interleaved; thin lines are quartiles. "
-        "Memory: the peak beyond the inputs, in tensors of the logits' size."
+        "Memory is beyond the inputs, in tensors of the logits' size. In PyTorch, the formula takes bf16 to fp32 first."
     )
     card = Card(720, top + height, "EA-KD, loss and gradient, bf16 logits", caption)
     card.text(150, 64, "time of a step", color=MUTED)
-    card.text(530, 64, f"memory, {TIMES} logits", color=MUTED)
+    card.text(530, 64, f"peak memory, {TIMES} logits", color=MUTED)
     most = max(float(row["peak_memory"] or 0) for group in groups for row in group.values())
     for group in groups:
         row = next(iter(group.values()))
-        card.text(MARGIN, top + 15, f"{row['model']}, vocabulary {int(row['vocab_size']):,}", fontweight="bold")
+        shape = f"{row['model']}, vocabulary {int(row['vocab_size']):,}, {row['rows']} rows"
+        card.text(MARGIN, top + 15, shape, fontweight="bold")
         top += header
         slowest = max(float(row["ms_q3"]) for row in group.values())
         times = bar_axes(card.axes(150, top, 360, step * len(group)), len(group) - 0.5, -0.5, 1.7 * slowest)
