@@ -1,7 +1,7 @@
 """The memory of one step beyond its inputs, in units of the student's logits: its peak, and what forward leaves behind.
 
-Retained is what is allocated once forward has returned and backward has not begun: what a training step holds while the
-rest of the network runs backward. The loss itself, a scalar, counts; the inputs do not.
+Retained is what is allocated once forward has returned and backward has not begun: what other losses of the same step
+find taken. The loss itself, a scalar, counts; the inputs do not.
 """
 
 import ctypes
