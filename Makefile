@@ -3,7 +3,8 @@
 #   make demo-digits   EA-KD beside KD on scikit-learn's digits, in a minute
 #   make demo-vision   EA beside plain distillation, six methods on real digits, in minutes
 #   make test   build and run the tests
-#   make bench  time the loss against eager PyTorch and torch.compile
+#   make bench  time the loss against eager PyTorch and torch.compile, in two minutes
+#   make plots  README's table and the pictures, from the newest files of benchmarks/results
 #   make docs   the documentation, as a web site in out/docs
 #   make gpu    build, test (gpu-check) and time (gpu-bench) on a GPU, with python3 as it is; PYTHON=... for another
 #   make emulator   the CUDA kernels' source for CPU tensors, as the tests have them
@@ -22,7 +23,7 @@ PIP := $(PY) -m pip --disable-pip-version-check --quiet
 CXX_SOURCES := $(wildcard $(foreach folder,csrc csrc/cpu csrc/cuda,$(addprefix $(folder)/*,.h .cpp .cuh .cu)))
 EMULATOR_SOURCES := $(shell find tests/emulator -name '*.h' -o -name '*.cpp')
 
-.PHONY: demo demo-digits demo-vision test emulator smoke sanitize bench gpu gpu-check gpu-bench docs lint format clean
+.PHONY: demo demo-digits demo-vision test emulator smoke sanitize bench plots gpu gpu-check gpu-bench docs lint format clean
 
 demo: $(VENV)/.installed $(VENV)/.teacher
 	$(PY) examples/distill_lm.py --out out/demo
@@ -62,6 +63,9 @@ sanitize: $(VENV)/.installed
 
 bench: $(VENV)/.installed
 	$(PY) -m benchmarks --threads 2 --memory --out out/benchmarks
+
+plots: $(VENV)/.installed
+	$(PY) -m benchmarks.report --readme README.md
 
 # mkdocs.yml makes errors of warnings: a link that leads nowhere, a page that no menu has. Not --quiet: strictness counts
 # what it says. The variable silences an announcement of the theme.

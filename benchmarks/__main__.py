@@ -3,7 +3,6 @@
 import argparse
 import math
 import sys
-import time
 from pathlib import Path
 
 import torch
@@ -12,6 +11,7 @@ from . import report
 from .cases import cases
 from .gpu import why_no_gpu
 from .measure import machine, measure
+from .progress import Progress
 
 
 def main() -> None:
@@ -60,35 +60,6 @@ def parse():
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="write a CSV file there, such as benchmarks/results")
     arguments = parser.parse_args()
     return arguments, cases(arguments.full, arguments.device)
-
-
-class Progress:
-    """A bar over all rounds in a terminal, where there is tqdm; else a line for each case."""
-
-    def __init__(self, rounds: int, minutes: float):
-        self.start, self.end = time.monotonic(), time.monotonic() + 60 * minutes
-        self.bar = None
-        if sys.stderr.isatty():
-            try:
-                from tqdm import tqdm
-            except ImportError:
-                return
-            self.bar = tqdm(total=rounds, unit="round", file=sys.stderr)
-
-    def begins(self, case: str) -> bool:
-        """False where no time is left for it."""
-        late = time.monotonic() > self.end
-        if late:
-            print(f"{case}: left out: out of time", file=sys.stderr)
-        elif self.bar is not None:
-            self.bar.set_description(case)
-        else:
-            print(f"{time.monotonic() - self.start:5.0f} s  {case}", file=sys.stderr, flush=True)
-        return not late
-
-    def round(self) -> None:
-        if self.bar is not None:
-            self.bar.update()
 
 
 if __name__ == "__main__":

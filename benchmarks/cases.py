@@ -17,6 +17,9 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 QUICK_SHAPES = (("Qwen 2.5", 151936, 64), ("Llama 2", 32000, 128), ("CIFAR-100", 100, 4096))
 OTHER_SHAPES = (("Gemma 3", 262144, 32), ("Llama 3", 128256, 64), ("GPT-2", 50257, 128), ("ImageNet", 1000, 4096))
 
+# Of the memory that is plotted against them.
+ROWS = (64, 128, 256, 512, 1024)
+
 # On a GPU: tokens that fill it, rows fewer where they are longer. The first two are those that goals are set for.
 TOKENS = (("Llama 3", 128256, 8192), ("Qwen 2.5", 151936, 8192))
 OTHER_TOKENS = (("Llama 2", 32000, 8192), ("GPT-2", 50257, 8192), ("Gemma 3", 262144, 4096))
@@ -94,6 +97,12 @@ def cpu_cases(full: bool) -> list[Case]:
     every_dtype = [Case(*shape, dtype) for shape in shapes for dtype in DTYPES]
     operations = [Case(*shape, "bf16", operation) for shape in shapes for operation in ("labels", "statistics")]
     return every_dtype + operations + [of_method(method) for method in METHODS if method != "KL"]
+
+
+def cases_over_rows() -> list[Case]:
+    """Those whose memory, and nothing else, is measured."""
+    model, vocab_size, _ = QUICK_SHAPES[1]
+    return [Case(model, vocab_size, rows, dtype) for dtype in ("fp32", "bf16") for rows in ROWS]
 
 
 def of_method(method: str) -> Case:

@@ -36,10 +36,11 @@ def in_a_line(error: Exception) -> str:
     return str(error).strip().split("\n")[0] or type(error).__name__
 
 
-def run(loss: Loss, inputs: Inputs) -> Tensor:
-    """One step: the loss, and a fresh gradient where there is one."""
+def run(loss: Loss, inputs: Inputs, between: Callable[[], object] = lambda: None) -> Tensor:
+    """One step: the loss, and a fresh gradient where there is one. `between` is called after forward."""
     inputs.student.grad = None
     value = loss(*inputs)
+    between()
     if value.requires_grad:
         value.backward()
     return value

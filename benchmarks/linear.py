@@ -21,7 +21,7 @@ from eakd_kernels.projection import chunk_size
 
 from . import timing
 from .measure import machine
-from .memory import in_a_fresh_process, peak_of
+from .memory import in_a_fresh_process, memory_of
 from .report import Row, save
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -105,7 +105,7 @@ def peak(shape: Shape, name: str, threads: int) -> float:
 
     gradients = sum(tensor.nbytes for tensor in inputs[:2])
     if shape.device == "cpu":
-        return peak_of(lambda: step(*inputs), forget) - gradients
+        return memory_of(lambda _: step(*inputs), forget).peak - gradients
     step(*inputs)
     forget()
     torch.cuda.reset_peak_memory_stats()

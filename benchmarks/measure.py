@@ -14,7 +14,7 @@ import eakd_kernels
 from . import timing
 from .cases import Case, Inputs
 from .check import Check, Provider, check, in_a_line, run
-from .memory import peak_on_cpu, peak_on_gpu
+from .memory import Memory, memory_on_cpu, memory_on_gpu
 from .providers import providers
 from .report import BASELINES, Row
 from .rivals import version_of
@@ -52,7 +52,7 @@ def measure(
 ) -> list[Row]:
     """Refuses to time this package where it is wrong; another that is wrong or fails is left out, and why is said."""
     inputs, entered = case.inputs(), providers(case, reference=full)
-    checks = {name: _admit(case, name, provider, inputs) for name, provider in entered.items()}
+    checks = {name: admit(case, name, provider, inputs) for name, provider in entered.items()}
     timed = {name: entered[name] for name, result in checks.items() if isinstance(result, Check)}
     student = inputs.student.detach()
     calls = {name: partial(run, provider.loss, inputs) for name, provider in timed.items()}
@@ -71,9 +71,9 @@ def measure(
         if name in timed:
             row |= _properties(timed[name], checks[name])
             if case.device == "cuda":
-                row["peak_memory"] = f"{peak_on_gpu(timed[name].loss, inputs):.4g}"
+                row |= memory_columns(memory_on_gpu(timed[name].loss, inputs))
             elif memory:
-                row["peak_memory"] = f"{peak_on_cpu(case, name):.4g}"
+                row |= memory_columns(memory_on_cpu(case, name))
         elif name != "copy":
             row["left_out"] = checks[name]
         rows.append(row)
@@ -82,11 +82,11 @@ def measure(
 
 SPREADS = ("ms", *BASELINES)
 COLUMNS = [f"{name}{quartile}" for name in SPREADS for quartile in ("", "_q1", "_q3")]
-COLUMNS += ["gb_per_s", "percent_of_copy", "percent_at_5_streams", "peak_memory"]
+COLUMNS += ["gb_per_s", "percent_of_copy", "percent_at_5_streams", "peak_memory", "retained_memory"]
 COLUMNS += ["formula", "version", "loss_error", "gradient_error", "left_out"]
 
 
-def _admit(case: Case, name: str, provider: Provider | str, inputs: Inputs) -> Check | str:
+def admit(case: Case, name: str, provider: Provider | str, inputs: Inputs) -> Check | str:
     """The provider's check, or why it is not timed."""
     if isinstance(provider, str):
         return provider
@@ -130,6 +130,10 @@ def _bandwidth(case: Case, name: str, samples: dict[str, list[float]], logits_by
     if case.device == "cuda" and streams == 3:
         columns["percent_at_5_streams"] = f"{100 * share * 5:.4g}"
     return columns
+
+
+def memory_columns(memory: Memory) -> Row:
+    return {"peak_memory": f"{memory.peak:.4g}", "retained_memory": f"{memory.retained:.4g}"}
 
 
 def _properties(provider: Provider, result: Check) -> Row:

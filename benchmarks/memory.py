@@ -1,10 +1,16 @@
-"""The peak memory of one step beyond its inputs, in units of the student's logits."""
+"""The memory of one step beyond its inputs, in units of the student's logits: its peak, and what forward leaves behind.
+
+Retained is what is allocated once forward has returned and backward has not begun: what other losses of the same step
+find taken. The loss itself, a scalar, counts; the inputs do not.
+"""
 
 import ctypes
 import gc
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -13,47 +19,55 @@ from .check import Loss, run
 from .providers import providers
 
 
-def peak_on_gpu(loss: Loss, inputs: Inputs) -> float:
+class Memory(NamedTuple):
+    peak: float
+    retained: float
+
+
+def memory_on_gpu(loss: Loss, inputs: Inputs) -> Memory:
     """As PyTorch's allocator counts it, of a step that has run before."""
     inputs.student.grad = None
     torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    run(loss, inputs)
-    return (torch.cuda.max_memory_allocated() - before) / inputs.student.nbytes
+    before, retained = torch.cuda.memory_allocated(), []
+    run(loss, inputs, lambda: retained.append(torch.cuda.memory_allocated()))
+    peak = torch.cuda.max_memory_allocated()
+    return Memory(*((there - before) / inputs.student.nbytes for there in (peak, *retained)))
 
 
-def peak_on_cpu(case: Case, provider: str) -> float:
-    return in_a_fresh_process(_peak, case, provider, torch.get_num_threads())
+def memory_on_cpu(case: Case, provider: str) -> Memory:
+    return in_a_fresh_process(_memory, case, provider, torch.get_num_threads())
 
 
-def in_a_fresh_process(measure, *arguments) -> float:
-    """Where no earlier step has left memory behind."""
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as fresh:
+def in_a_fresh_process(measure, *arguments):
+    """Where no earlier step has left memory behind. Forked from a process that has imported torch and done nothing."""
+    context = get_context("forkserver")
+    context.set_forkserver_preload([providers.__module__])
+    with ProcessPoolExecutor(1, mp_context=context) as fresh:
         return fresh.submit(measure, *arguments).result()
 
 
-def _peak(case: Case, provider: str, threads: int) -> float:
+def _memory(case: Case, provider: str, threads: int) -> Memory:
     torch.set_num_threads(threads)
-    inputs, step = case.inputs(), providers(case, reference=True)[provider].loss
-    peak = peak_of(lambda: run(step, inputs), lambda: setattr(inputs.student, "grad", None))
-    return peak / inputs.student.nbytes
+    inputs, loss = case.inputs(), providers(case, reference=True)[provider].loss
+    used = memory_of(lambda between: run(loss, inputs, between), lambda: setattr(inputs.student, "grad", None))
+    return Memory(*(count / inputs.student.nbytes for count in used))
 
 
-def peak_of(step, forget) -> int:
-    """Bytes beyond what there is before a second step; `forget` frees what the first one made. Linux only: reads /proc.
+def memory_of(step: Callable[[Callable], object], forget: Callable[[], object]) -> Memory:
+    """Bytes beyond what there is before a second step. Linux only: reads /proc. For a fresh process.
 
-    For a fresh process.
+    A step may call what it is given, between forward and backward; `forget` frees what the first one made.
     """
     # What is freed goes back to the system at once: below, malloc must not serve a step from what it has kept.
     M_MMAP_THRESHOLD = -3
     ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 16)
-    step()  # compiles, loads, starts threads
+    step(lambda: None)  # compiles, loads, starts threads
     forget()
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
-    before = _status("VmRSS")
-    step()
-    return _status("VmHWM") - before
+    resident = [_status("VmRSS")]
+    step(lambda: resident.append(_status("VmRSS")))
+    return Memory(_status("VmHWM") - resident[0], resident[-1] - resident[0])
 
 
 def _status(field: str) -> int:

@@ -1,4 +1,5 @@
-"""Measurements as text. `python -m benchmarks.report [CSV ...] --readme README.md` puts them between README's markers.
+"""Measurements as text. `python -m benchmarks.report [CSV ...] --readme README.md` puts them between README's markers,
+and draws the pictures of benchmarks/plot.py beside it, in docs/plots.
 
 A measurement is a row of the CSV file: a dict of strings, "" where there is nothing. Columns are added as time goes by:
 what an older file does not have reads as "".
@@ -11,15 +12,20 @@ from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 
-from .cases import GOALS, Goal
+from .cases import GOALS, Case, Goal, cases
 
 RESULTS = Path(__file__).parent / "results"
+PLOTS = Path(__file__).parents[1] / "docs" / "plots"
 # README's places for the tables, by device. The second is made where there is something to put into it.
 MARKERS = {"cpu": "benchmark", "cuda": "benchmark-gpu"}
 
 # Whom others are compared with: the column of the CSV file, the provider.
 BASELINES = {"x_eager": "eager", "x_compile": "compile", "x_liger_kl": "liger kl", "x_trl": "trl"}
 BASELINES |= {"x_one_temperature": "one temperature"}  # a sum over temperatures, with the time of one of them
+# This package's, but for the reference, which is not there to be fast.
+OURS = ("eakd cpu", "eakd cuda", "eakd triton")
+# What `usual` rows have in common with the first case of their device.
+USUAL = ("operation", "method", "temperature", "entropy_temperature", "device")
 # How an operation is told apart from the usual one, loss and gradient.
 OPERATIONS = {"gradient": "", "labels": ", cross-entropy too", "statistics": ", loss alone"}
 
@@ -37,7 +43,8 @@ def table(rows: list[Row]) -> str:
         "GB/s": lambda row: _number(row["gb_per_s"]),
         "% of copy": lambda row: _number(row["percent_of_copy"]),
         "% at 5 streams": lambda row: _number(row.get("percent_at_5_streams", "")),
-        "memory, x logits": lambda row: _number(row["peak_memory"]),
+        "peak memory, x logits": lambda row: _number(row["peak_memory"]),
+        "retained": lambda row: _number(row.get("retained_memory", "")),
         "error, loss": lambda row: row.get("loss_error", ""),
         "error, gradient": lambda row: row.get("gradient_error", ""),
     }
@@ -45,6 +52,29 @@ def table(rows: list[Row]) -> str:
     return (
         f"{heading(rows)} Loss and gradient; medians [quartiles] of {_rounds(rows)}.\n\n{_tabulate(measured, columns)}"
     )
+
+
+def brief(rows: list[Row]) -> str:
+    """README's table of a CPU: a line for each case of the quick list."""
+    lines = [line for case in cases(device=device(rows)) if (line := _line(case, rows))]
+    return f"{heading(rows)} Medians [quartiles] of {_rounds(rows)}.\n\n{_markdown_of(lines)}"
+
+
+def _line(case: Case, rows: list[Row]) -> Row:
+    by_name = {row["provider"]: row for row in rows if case.is_case_of(row) and row["ms"]}
+    ours = min((row for name, row in by_name.items() if name in OURS), key=lambda row: float(row["ms"]), default=None)
+    if ours is None:
+        return {}
+    baselines = {"eager": "x_eager", "compile": "x_compile"}
+    memory = {name: _number(row["peak_memory"]) for name, row in by_name.items()}
+    return {
+        "vocabulary x rows": _shape(ours),
+        "dtype": ours["dtype"],
+        "ms": _spread(ours, "ms"),
+        **{f"x {name}": _spread(ours, column) for name, column in baselines.items()},
+        "memory": memory[ours["provider"]],
+        **{f"of {name}": memory.get(name, "") for name in baselines},
+    }
 
 
 def summary(rows: list[Row]) -> str:
@@ -61,7 +91,8 @@ def summary(rows: list[Row]) -> str:
         "% of copy": lambda row: row["percent_of_copy"] and f"{_number(row['percent_of_copy'])} at {_streams(row)}",
         "at 5": lambda row: _number(row["percent_at_5_streams"]),
         **{f"x {name}": lambda row, column=column: _number(row[column]) for column, name in BASELINES.items()},
-        "memory, x logits": lambda row: _number(row["peak_memory"]),
+        "peak memory, x logits": lambda row: _number(row["peak_memory"]),
+        "retained": lambda row: _number(row.get("retained_memory", "")),
     }
     table = _tabulate(measured, columns)
     return f"{heading(rows)} Loss and gradient; medians of {_rounds(rows)}.\n\n{table}\n\n{legend(rows)}"
@@ -135,7 +166,7 @@ def goals(rows: list[Row]) -> str:
                 "verdict": _verdict(float(value), goal) if value else f"not measured ({_why_not(goal, rows, best)})",
             }
         )
-    return _markdown({name: [line[name] for line in lines] for name in lines[0]}) if lines else ""
+    return _markdown_of(lines)
 
 
 def _quantity(goal: Goal) -> str:
@@ -178,8 +209,32 @@ def device(rows: list[Row]) -> str:
     return rows[0].get("device", "cpu")
 
 
+def is_timed(rows: list[Row]) -> bool:
+    """Or else only its memory was measured."""
+    return "ms" in rows[0]
+
+
+def usual(rows: list[Row]) -> list[Row]:
+    """Loss and gradient of the KL divergence, at the temperatures that most cases have."""
+    first = cases(device=device(rows))[0]
+    of_case = {field: str(value) for field, value in vars(first).items() if field in USUAL}
+    return [row for row in rows if all(row.get(field, value) == value for field, value in of_case.items())]
+
+
 def for_readme(rows: list[Row]) -> str:
+    text = summary(rows) if device(rows) == "cuda" else brief(rows)
+    return f"![{told(rows)}](docs/plots/overview-{device(rows)}.svg)\n\n{text}"
+
+
+def for_docs(rows: list[Row]) -> str:
     return summary(rows) if device(rows) == "cuda" else table(rows)
+
+
+def told(rows: list[Row]) -> str:
+    """What the picture shows, for those who do not see it."""
+    ours = [row for row in usual(rows) if row["provider"] in OURS and row["dtype"] == "bf16" and row["x_eager"]]
+    words = [f"{_number(row['x_eager'])} times for a vocabulary of {row['vocab_size']}" for row in ours]
+    return f"Time and memory beside eager PyTorch and torch.compile. Faster than eager: {', '.join(words)}."
 
 
 def markers(device: str) -> tuple[str, str]:
@@ -200,8 +255,13 @@ def insert(text: str, readme: str, device: str = "cpu") -> str:
 
 def latest(folder: Path) -> list[Path]:
     """The last file of each device."""
-    files = sorted(folder.glob("*.csv"), key=lambda path: path.stem[-len("yyyy-mm-dd") :])
+    files = sorted(folder.glob("*.csv"), key=lambda path: (path.stem[-len("yyyy-mm-dd") :], path.stem))
     return list({device(load(path)): path for path in files}.values())
+
+
+def newest() -> list[Path]:
+    """What README and docs show."""
+    return [*latest(RESULTS), *latest(RESULTS / "memory")]
 
 
 def _rounds(rows: list[Row]) -> str:
@@ -240,6 +300,10 @@ def _tabulate(rows: list[Row], columns: dict[str, Callable[[Row], str]]) -> str:
     return _markdown({name: column for name, column in cells.items() if any(column)})
 
 
+def _markdown_of(lines: list[Row]) -> str:
+    return _markdown({name: [line[name] for line in lines] for name in lines[0]}) if lines else ""
+
+
 def _markdown(columns: dict[str, list[str]]) -> str:
     widths = {name: max(len(cell) for cell in (name, *column, "---")) for name, column in columns.items()}
     header = [name.ljust(width) for name, width in widths.items()]
@@ -251,21 +315,26 @@ def _markdown(columns: dict[str, list[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in (header, rule, *body))
 
 
+def publish(paths: list[Path], readme: Path) -> None:
+    """Tables into `readme`, pictures beside it."""
+    from .plot import draw  # needs matplotlib, which tables do without
+
+    measured, text = [load(path) for path in paths], readme.read_text()
+    for rows in filter(is_timed, measured):
+        text = insert(for_readme(rows), text, device(rows))
+    readme.write_text(text)
+    draw(measured, readme.parent / "docs" / "plots")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__.splitlines()[0])
-    parser.add_argument("csv", nargs="*", type=Path, help="default: the latest of benchmarks/results of each device")
+    parser.add_argument("csv", nargs="*", type=Path, help="default: the latest of benchmarks/results")
     parser.add_argument("--readme", type=Path, required=True)
     arguments = parser.parse_args()
-    paths = arguments.csv or latest(RESULTS)
+    paths = arguments.csv or newest()
     if not paths:
         parser.error(f"{RESULTS} has no CSV file yet: python -m benchmarks --out {RESULTS}")
-    tables = defaultdict(list)
-    for rows in map(load, paths):
-        tables[device(rows)].append(for_readme(rows))
-    readme = arguments.readme.read_text()
-    for where, texts in tables.items():
-        readme = insert("\n\n".join(texts), readme, where)
-    arguments.readme.write_text(readme)
+    publish(paths, arguments.readme)
 
 
 if __name__ == "__main__":

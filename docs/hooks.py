@@ -101,7 +101,7 @@ def methods_measured() -> str:
 
 
 def _tables(folder: Path) -> str:
-    tables = "\n\n".join(report.for_readme(report.load(path)) for path in report.latest(folder))
+    tables = "\n\n".join(report.for_docs(report.load(path)) for path in report.latest(folder))
     return f'<div class="measured" markdown>\n{tables}\n</div>'
 
 
