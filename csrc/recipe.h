@@ -167,7 +167,6 @@ struct AlphaBetaTerms {
   T k_a, k_b, k_s;  // times log2(e)/tau
   T f_p, f_q, f_both, h_q, h_both;
 
-  AlphaBetaTerms() = default;
   // k: log2(e)/tau. log2_B0, log2_D0: of the sums about the same centres.
   EAKD_HD AlphaBetaTerms(const Recipe& recipe, double k, double log2_B0, double log2_D0) {
     const double a = recipe.first, b = recipe.second, s = a + b;

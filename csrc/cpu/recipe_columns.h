@@ -46,7 +46,7 @@ class RecipeColumns {
     if (job.per_row) set_temperatures(row);
     pair.emplace(job.rows, row);
     filled_ = kept_h_ = false;
-    for (KnownFactors& known : known_)
+    for (Known& known : known_)
       known.b = NAN;
     labelled = pair->label >= 0 && pair->label < count;
     set_scales(0, 0);
@@ -176,23 +176,30 @@ class RecipeColumns {
             1};
   }
 
-  // Normalisers of a temperature from its sums about My and Mz, and what follows from them.
-  struct Factors {
-    Normalisers<T> normalisers;
-    AlphaBetaTerms<T> terms;  // where takes_terms()
-  };
-  // About a block's centres. Most blocks have the last one's, which saves some powers and logarithms.
-  const Factors& factors(int k, int64_t begin, double B0, double D0, double My, double Mz) {
+  // From a temperature's sums about My and Mz, about a block's centres. Most blocks have the last one's, which saves
+  // some powers and logarithms.
+  const Normalisers<T>& normalisers(int k, int64_t begin, double B0, double D0, double My, double Mz) {
     const double b = (centre(kTeacher, begin) - about(My)) * scales[kTeacher].tau[k];
     const double d = (centre(kStudent, begin) - about(Mz)) * scales[kStudent].tau[k];
-    KnownFactors& known = known_[k];
-    if (known.b == b && known.d == d && known.B0 == B0 && known.D0 == D0) return known.factors;
+    Known& known = known_[k];
+    if (known.b == b && known.d == d && known.B0 == B0 && known.D0 == D0) return known.normalisers;
     const double log2_B0 = B0 == 0 ? 0 : std::log2(B0) - b, log2_D0 = D0 == 0 ? 0 : std::log2(D0) - d;
-    known.b = b, known.d = d, known.B0 = B0, known.D0 = D0;
-    known.factors.normalisers = {T(B0 == 0 ? 0 : pow2(b) / B0), T(D0 == 0 ? 0 : pow2(d) / D0), T(log2_B0), T(log2_D0),
-                                 T((log2_D0 - log2_B0) * kLn2)};
-    if (takes_terms()) known.factors.terms = AlphaBetaTerms<T>(recipe, scales[kTeacher].tau[k], log2_B0, log2_D0);
-    return known.factors;
+    known = {b,
+             d,
+             B0,
+             D0,
+             {T(B0 == 0 ? 0 : pow2(b) / B0), T(D0 == 0 ? 0 : pow2(d) / D0), T(log2_B0), T(log2_D0),
+              T((log2_D0 - log2_B0) * kLn2)}};
+    return known.normalisers;
+  }
+  // About My and Mz.
+  AlphaBetaTerms<T> alpha_beta_terms(int k, double B0, double D0) const {
+    return AlphaBetaTerms<T>(recipe, scales[kTeacher].tau[k], B0 == 0 ? 0 : std::log2(B0), D0 == 0 ? 0 : std::log2(D0));
+  }
+  RecipeBlock<T> block_about(double My, double Mz, int k, int64_t begin, int64_t n) const {
+    RecipeBlock<T> block = logits_at(k, begin, n);
+    block.my = T(about(My)), block.mz = T(about(Mz));
+    return block;
   }
 
   // Where the loop that makes a block's gradient may write it; null: not as it is.
@@ -269,9 +276,9 @@ class RecipeColumns {
   T *room_[2], *centres_[2], *kept_, *bias_ = nullptr, *weights_ = nullptr;
   int64_t row_room_;
   double inverse_[2], label_[2];
-  struct KnownFactors {
+  struct Known {
     double b, d, B0, D0;
-    Factors factors;
+    Normalisers<T> normalisers;
   } known_[kMostTemperatures];
   bool filled_ = false, kept_h_ = false;
 };

@@ -163,27 +163,36 @@ class RecipeRow {
     if (!entropies) add_entropy_sums(begin, n);
   }
 
-  const typename RecipeColumns<T>::Factors& factors(int k, int64_t begin, double B0, double D0) {
-    return row_.factors(k, begin, B0, D0, sums_.rest_My, sums_.rest_Mz);
+  const Normalisers<T>& normalisers(int k, int64_t begin, double B0, double D0) {
+    return row_.normalisers(k, begin, B0, D0, sums_.rest_My, sums_.rest_Mz);
   }
 
   void add_values() {
-    row_.each_block([&](int64_t begin, int64_t n) {
-      for (int k = 0; k < recipe_.count; ++k) {
-        TauSums<double>& s = sums_.tau[k];
-        // As the statistics tensor has them: S h and the gradient's h_j, made from those, have to cancel. S h of KL(p
-        // || q) is -1 by itself, so its value may have all digits.
-        const bool exact = recipe_.is_linear();
-        const auto& by = factors(k, begin, exact ? s.B0 : T(s.B0), exact ? s.D0 : T(s.D0));
-        if (row_.takes_terms()) {
-          kernels_.alpha_beta_values(s, row_.logits_at(k, begin, n), by.terms, row_.room_for_h(k, begin));
-          continue;
-        }
-        kernels_.values(s, row_.block_at(k, begin, n, true), by.normalisers, recipe_, job_.pulls(),
-                        row_.room_for_h(k, begin));
-      }
-    });
+    for (int k = 0; k < recipe_.count; ++k) {
+      TauSums<double>& s = sums_.tau[k];
+      // As the statistics tensor has them: S h and the gradient's h_j, made from those, have to cancel. S h of KL(p ||
+      // q) is -1 by itself, so its value may have all digits.
+      const bool exact = recipe_.is_linear();
+      const double B0 = exact ? s.B0 : T(s.B0), D0 = exact ? s.D0 : T(s.D0);
+      if (row_.takes_terms())
+        add_alpha_beta_values(k, row_.alpha_beta_terms(k, B0, D0));
+      else
+        row_.each_block([&](int64_t begin, int64_t n) {
+          kernels_.values(s, row_.block_at(k, begin, n, true), normalisers(k, begin, B0, D0), recipe_, job_.pulls(),
+                          row_.room_for_h(k, begin));
+        });
+    }
     row_.set_kept_h();
+  }
+
+  void add_alpha_beta_values(int k, const AlphaBetaTerms<T>& terms) {
+    row_.each_block([&](int64_t begin, int64_t n) {
+      kernels_.alpha_beta_values(sums_.tau[k], block_about_maxima(k, begin, n), terms, row_.room_for_h(k, begin));
+    });
+  }
+
+  RecipeBlock<T> block_about_maxima(int k, int64_t begin, int64_t n) const {
+    return row_.block_about(sums_.rest_My, sums_.rest_Mz, k, begin, n);
   }
 
   void add_label_to_sides() {
@@ -208,7 +217,7 @@ class RecipeRow {
       PowerFactors<T> by{};
       for (int i = 0; i < count; ++i) {
         const int k = of_base[i], P = row_.bases.power[k];  // the same temperature may be there twice
-        const Normalisers<T>& over = factors(k, begin, tau[k][kRestTeacherSum], tau[k][kRestStudentSum]).normalisers;
+        const Normalisers<T>& over = normalisers(k, begin, tau[k][kRestTeacherSum], tau[k][kRestStudentSum]);
         by.p[P] -= T(bases[k].c * recipe_.first_of_columns()) * over.inverse_B0;
         by.q[P] += T(bases[k].q) * over.inverse_D0;
       }
@@ -219,15 +228,16 @@ class RecipeRow {
 
   void add_gradient(int k, int64_t begin, int64_t n, const TauBasis<double>& basis, const double* numbers, T* g,
                     Write write) {
-    const auto& [by, terms] = factors(k, begin, numbers[kRestTeacherSum], numbers[kRestStudentSum]);
+    const double B0 = numbers[kRestTeacherSum], D0 = numbers[kRestStudentSum];
+    const Normalisers<T>& by = normalisers(k, begin, B0, D0);
     const T *kept_h = row_.kept_h(k, begin), c = T(basis.c), q = T(basis.q);
     if (!row_.takes_terms())
       return kernels_.add_gradient(g, row_.block_at(k, begin, n, !recipe_.is_linear()), by, recipe_, c, q, kept_h,
                                    write);
-    RecipeBlock<T> block = row_.logits_at(k, begin, n);
+    RecipeBlock<T> block = block_about_maxima(k, begin, n);
     block.ed = row_.exponentials(kStudent, k, begin, n);
     if (kept_h != nullptr && c != 0) return kernels_.add_gradient(g, block, by, recipe_, c, q, kept_h, write);
-    kernels_.add_alpha_beta_gradient(g, block, terms, c, q * by.inverse_D0, write);
+    kernels_.add_alpha_beta_gradient(g, block, row_.alpha_beta_terms(k, B0, D0), c, q * by.inverse_D0, write);
   }
 
   void write_block(int64_t begin, const TauBasis<double>* bases, const double (*tau)[kNumTauFields],
