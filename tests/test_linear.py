@@ -261,6 +261,15 @@ def test_compiled_and_checkpointed(recompute):
     assert_close(again, wanted, 1e-6)
 
 
+def test_fullgraph_says_what_would_work():
+    (hidden, weight, _), (other, head, _) = tensors()
+    compiled = torch.compile(fused_linear_ea_kd_loss, fullgraph=True, backend="eager")
+    with pytest.raises(
+        RuntimeError, match=r"fused_linear_ea_kd_loss runs eagerly, between two graphs.*fullgraph=False"
+    ):
+        compiled(hidden, weight, other, head)
+
+
 def test_module_keeps_options():
     (hidden, weight, _), (other, head, _) = tensors()
     criterion = FusedLinearEAKDLoss(chunk_rows=4, temperature=2.0)
