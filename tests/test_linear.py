@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -284,6 +285,9 @@ X, W = torch.zeros(2, 3, 4), torch.zeros(9, 4)
 BAD = [
     (dict(), ValueError, "one form, got none"),
     (dict(teacher_hidden=X, teacher_weight=W, teacher_logits=torch.zeros(2, 3, 9)), ValueError, "one form, got"),
+    (dict(teacher_hidden=X, teacher_weight=torch.nn.Linear(4, 9)), TypeError, r"teacher_weight.*Linear; pass \.weight"),
+    (dict(teacher_hidden=SimpleNamespace(last_hidden_state=X)), TypeError, r"teacher_hidden.*pass \.last_hidden_state"),
+    (dict(teacher_logits=SimpleNamespace(logits=X)), TypeError, r"teacher_logits.*; pass \.logits"),
     (dict(teacher_hidden=X), TypeError, "teacher_weight must be a floating-point tensor, got NoneType"),
     (dict(teacher_hidden=X, teacher_weight=torch.zeros(9, 5)), ValueError, r"teacher_weight must be \[V, 4\]"),
     (dict(teacher_hidden=X, teacher_weight=torch.zeros(8, 4)), ValueError, "vocab_size=8"),
