@@ -22,7 +22,11 @@ VARIABLES = (
         "import",
         'what `make emulator` made, tests/emulator/libeakd_cuda_emulator.so: backend="cuda" takes CPU tensors',
     ),
-    Variable("EAKD_CHECK_IDS", "run time", "1: teacher_ids on a GPU are checked too, for which the CPU waits"),
+    Variable(
+        "EAKD_CHECK_IDS",
+        "run time",
+        "1: teacher_ids and teacher_logprobs on a GPU are checked too; the CPU waits",
+    ),
     Variable("EAKD_NO_EXT", "install", "1: pure Python, no compiler needed; the loss runs through reference or triton"),
     Variable("EAKD_NO_CUDA", "install", "1: no CUDA kernels, where PyTorch has CUDA"),
     Variable("EAKD_DEBUG", "install", "1: compile without optimisation, with debug information"),

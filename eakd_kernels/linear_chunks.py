@@ -23,7 +23,9 @@ from .stats import PUBLIC_FIELDS, RowStats
 from .validation import Problem
 
 
-@torch.compiler.disable
+@torch.compiler.disable(
+    reason="fused_linear_ea_kd_loss runs eagerly, between two graphs: torch.compile needs fullgraph=False for it"
+)
 def run(student: Head, teacher: Teacher, labels, options, chunk_rows, recompute: bool, accumulate_in_fp32: bool):
     """What `fused_linear_ea_kd_loss` returns, of checked arguments. torch.compile breaks its graph here."""
     call = _Call.of(student, teacher, labels, options, chunk_rows, accumulate_in_fp32)

@@ -10,7 +10,7 @@ from .functional import loss_of_logits, row_fields
 from .projection import Head, check_head
 from .sparse_teacher import TopK, fields_of_topk, loss_of_topk, validate_student
 from .sparse_validation import check_sparse_teacher
-from .validation import Problem, validate
+from .validation import Problem, part_of, validate
 
 
 class DenseTeacher(NamedTuple):
@@ -140,7 +140,7 @@ def teacher_of(student: Head, hidden, weight, bias, logits, topk, model) -> Teac
 
 def _check_leading(name: str, tensor, student: Head) -> None:
     if not torch.is_tensor(tensor):
-        raise TypeError(f"{name} must be tensors, got {type(tensor).__name__}")
+        raise TypeError(f"{name} must be tensors, got {type(tensor).__name__}{part_of(tensor, 'logits')}")
     if tensor.shape[:-1] != student.hidden.shape[:-1]:
         raise ValueError(
             f"{name} must have the leading shape of student_hidden, {tuple(student.hidden.shape[:-1])}, got "

@@ -34,12 +34,25 @@ _ALIASES = {
     **dict.fromkeys(("attention_mask", "loss_mask", "labels_mask"), "mask"),
     "h_ub": "entropy_bound",
 }
+_WEIGHTS = (("kd_weight", "ce_weight"), "use kd_weight and ce_weight, the factors of the two terms")
+# Of what has no single name here: the options that stand for it, and how.
+_ADVICE = {
+    "alpha": _WEIGHTS,
+    "beta": (("divergence", *_WEIGHTS[0]), f"{_WEIGHTS[1]}; for that of a mixture divergence=JSD(beta)"),
+    "label_smoothing": (
+        ("ce_weight",),
+        "leave ce_weight at 0 and add torch.nn.functional.cross_entropy with label_smoothing to the loss",
+    ),
+}
 
 
 def check_keywords(given, known, what: str) -> None:
     for name in given:
         if name not in known:
             near = _near(name, known)
+            needed, advice = _ADVICE.get(name, ((), ""))
+            if advice and set(needed) <= set(known):
+                raise TypeError(f"{what} got an unknown keyword {name!r}; {name}: {advice}")
             hint = f"did you mean {' and '.join(map(repr, near))}?" if near else f"it takes {', '.join(sorted(known))}"
             raise TypeError(f"{what} got an unknown keyword {name!r}; {hint}")
 
@@ -82,11 +95,14 @@ def takes_options(source, *, only=None, without=(), **defaults):
         known = frozenset(names)
         own = inspect.signature(function)
         leading = [p for p in own.parameters.values() if p.kind is not p.VAR_KEYWORD]
+        positional = sum(p.kind is p.POSITIONAL_OR_KEYWORD for p in leading)
 
         @functools.wraps(function)
         def checked(*args, **options):
             if not known.issuperset(options):
                 check_keywords(options, (*names, *_shown(leading)), f"{function.__qualname__}()")
+            if len(args) > positional:
+                _refuse_positional(function, args[positional])
             return function(*args, **{**defaults, **options})
 
         shown = _signature(source, leading, names, defaults)
@@ -94,6 +110,12 @@ def takes_options(source, *, only=None, without=(), **defaults):
         return checked
 
     return decorate
+
+
+def _refuse_positional(function, value) -> None:
+    owner = function.__qualname__.removesuffix(".__init__")
+    before = "" if owner != function.__qualname__ else "..., "
+    raise TypeError(f"{owner}() takes options as keywords, as {owner}({before}temperature=4.0), got {_kind(value)}")
 
 
 def options_class(function) -> type:

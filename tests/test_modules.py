@@ -1,11 +1,12 @@
 import pickle
+import re
 
 import pytest
 import torch
 from support import make_logits
 from torch import nn
 
-from eakd_kernels import EAKDLoss, ea_kd_loss
+from eakd_kernels import EADKDLoss, EAKDLoss, FusedLinearEAKDLoss, TopKEAKDLoss, ea_kd_loss
 
 
 def test_calls_the_function(backend):
@@ -25,6 +26,13 @@ def test_options_of_the_call_win():
     )
     with pytest.raises(TypeError, match="did you mean 'mask'"):
         module(student, teacher, masks=mask)
+
+
+@pytest.mark.parametrize("module", [EAKDLoss, EADKDLoss, FusedLinearEAKDLoss, TopKEAKDLoss])
+def test_options_are_keywords(module):
+    told = re.escape(f"{module.__name__}() takes options as keywords, as {module.__name__}(temperature=4.0), got float")
+    with pytest.raises(TypeError, match=told):
+        module(3.5)
 
 
 def test_a_learnable_temperature_is_a_parameter():

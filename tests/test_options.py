@@ -73,6 +73,13 @@ def test_every_option_is_documented():
         assert f"{name}:" in documented or f"{name}, " in documented or f", {name}:" in documented, name
 
 
+def test_options_of_functions_are_keywords():
+    with pytest.raises(
+        TypeError, match=r"^ea_dkd_loss\(\) takes.*as ea_dkd_loss\(\.\.\., temperature=4\.0\), got float 2\.0"
+    ):
+        ea_dkd_loss(None, None, None, 2.0)
+
+
 def test_options_are_frozen():
     options = Options(temperature=2.0)
     with pytest.raises(dataclasses.FrozenInstanceError):

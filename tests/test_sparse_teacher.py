@@ -294,6 +294,10 @@ TWICE[1, 2, 3] = TWICE[1, 2, 0]
         ({"teacher_ids": IDS.to("meta")}, ValueError, "teacher_ids.*meta"),
         ({"teacher_logprobs": IDS}, TypeError, "teacher_logprobs.*int64"),
         ({"teacher_logprobs": LOGPROBS.clone().requires_grad_()}, ValueError, r"teacher_logprobs\.detach\(\)"),
+        ({"teacher_logprobs": Y.gather(-1, IDS)}, ValueError, "teacher_logprobs.*log-probabilities.*log_softmax"),
+        ({"teacher_logprobs": LOGPROBS.exp()}, ValueError, "teacher_logprobs.*teacher_topk's"),
+        ({"teacher_logprobs": torch.full_like(LOGPROBS, -1.0)}, ValueError, "teacher_logprobs.*sum to 1.472"),
+        ({"labels": torch.ones(2, 3)}, TypeError, "labels.*float32.*teacher_entropy="),
         ({"teacher_entropy": LOGPROBS}, ValueError, r"teacher_entropy.*\(2, 3\)"),
         ({"teacher_entropy": 1.0}, TypeError, "teacher_entropy.*float"),
         ({"teacher_entropy": torch.ones(2, 3, requires_grad=True)}, ValueError, r"teacher_entropy\.detach\(\)"),
@@ -316,6 +320,25 @@ TWICE[1, 2, 3] = TWICE[1, 2, 0]
 def test_bad_input(given, error, words):
     with pytest.raises(error, match=words):
         topk_ea_kd_loss(**{"student_logits": Z, "teacher_ids": IDS, "teacher_logprobs": LOGPROBS, **given})
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_rounded_logprobs_are_logprobs(dtype):
+    """Those of a uniform teacher are all rounded in the same direction."""
+    student = torch.zeros(4, 3000)
+    sure = torch.zeros(4, 3000)
+    sure[:, 0] = 40
+    for teacher in (torch.zeros(4, 3000), sure, make_logits(4, 3000)[1]):
+        ids, logprobs, _, _ = teacher_topk(teacher, 3000)
+        assert topk_ea_kd_loss(student, ids, logprobs.to(dtype)).isfinite()
+
+
+def test_padding_and_rows_left_out_may_hold_anything():
+    logprobs, ids = LOGPROBS.clone(), IDS.clone()
+    logprobs[0, 0], ids[0, 1], logprobs[0, 1] = 7.0, -1, 7.0
+    keep = torch.ones(2, 3, dtype=torch.bool)
+    keep[0, 0] = False
+    assert topk_ea_kd_loss(Z, ids, logprobs, mask=keep).isfinite()
 
 
 @pytest.mark.gpu

@@ -2,6 +2,7 @@
 
 import inspect
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -31,12 +32,16 @@ BAD = [
     ({"student_logits": Z.detach().long()}, TypeError, "student_logits.*int64"),
     ({"teacher_logits": Y.to(torch.complex64)}, TypeError, "teacher_logits.*complex64"),
     ({"teacher_logits": Y.numpy()}, TypeError, "teacher_logits.*ndarray"),
+    ({"teacher_logits": SimpleNamespace(logits=Y)}, TypeError, r"teacher_logits.*SimpleNamespace; pass \.logits"),
+    ({"student_logits": {"logits": Y}}, TypeError, r'student_logits.*dict; pass \["logits"\]'),
     ({"student_logits": torch.tensor(1.0), "teacher_logits": torch.tensor(1.0)}, ValueError, "at least one column"),
     ({"student_logits": Z[..., :0], "teacher_logits": Y[..., :0]}, ValueError, "at least one column"),
     ({"teacher_logits": Y.clone().requires_grad_()}, ValueError, r"teacher_logits\.detach\(\)"),
     ({"teacher_logits": Y.to("meta")}, ValueError, "teacher_logits.*device cpu, got meta"),
     ({"labels": LABELS[0]}, ValueError, r"labels.*\(2, 3\).*\(3,\)"),
-    ({"labels": LABELS.float()}, TypeError, "labels.*int64.*float32"),
+    ({"labels": LABELS.float()}, TypeError, "labels.*int64 class indices.*float32"),
+    ({"labels": torch.nn.functional.one_hot(LABELS, 10).float()}, ValueError, r"labels.*\(2, 3, 10\).*argmax\(-1\)"),
+    ({"labels": LABELS[0].float()}, ValueError, r"labels.*\(2, 3\), got \(3,\)$"),
     ({"labels": LABELS.tolist()}, TypeError, "labels.*list"),
     ({"labels": LABELS + 10, "ce_weight": 1.0}, ValueError, "labels must be in 0..9.*got 10"),
     ({"labels": LABELS - 1, "ce_weight": 1.0}, ValueError, "labels.*got -1"),
@@ -123,6 +128,9 @@ BAD = [
     ({"temprature": 2.0}, TypeError, "temprature.*did you mean 'temperature'"),
     ({"xyz": 2.0}, TypeError, "xyz.*it takes"),
     ({"softcap": 30.0}, TypeError, "softcap.*'student_softcap' and 'teacher_softcap'"),
+    ({"alpha": 0.5}, TypeError, "alpha: use kd_weight and ce_weight"),
+    ({"beta": 0.5}, TypeError, r"beta: use kd_weight and ce_weight.*JSD\(beta\)"),
+    ({"label_smoothing": 0.1}, TypeError, "label_smoothing: leave ce_weight at 0"),
     ({"tau": 2.0}, TypeError, "tau.*did you mean 'temperature'"),
     ({"attention_mask": None}, TypeError, "attention_mask.*did you mean 'mask'"),
     ({"divergence": divergences.JSD}, TypeError, r"an instance, got the class: JSD\("),

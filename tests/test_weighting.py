@@ -283,6 +283,37 @@ def test_compile_of_every_weighting(backend):
     torch.testing.assert_close(*(torch.autograd.grad(loss, student)[0] for loss in (got, want)))
 
 
+def test_compile_of_a_weighting_that_is_defined_inside():
+    def step(z, y, scale):
+        def bounded(stats, entropy_bound):
+            return scale * stats.student_entropy / entropy_bound
+
+        loss = ea_kd_loss(z, y, weighting=bounded, detach_weights=False)
+        return loss + ea_kd_loss(z, y, weighting=lambda stats: scale * stats.teacher_entropy)
+
+    student, teacher = make_logits(6, 50)
+    given = (student, teacher, torch.tensor(1.5))
+    got, want = torch.compile(step, fullgraph=True, backend="aot_eager")(*given), step(*given)
+    torch.testing.assert_close(got, want)
+    torch.testing.assert_close(*(torch.autograd.grad(loss, student)[0] for loss in (got, want)))
+
+
+@pytest.mark.parametrize(
+    "read, error, message",
+    [
+        (lambda s: s.loss * 2, TypeError, "weighting read.*NoneType.*no loss, weight, cross_entropy"),
+        (lambda s: s.weight.exp(), AttributeError, "weighting read.*exp.*no loss, weight"),
+        (lambda s: torch.log(s.cross_entropy), TypeError, "weighting read.*cross_entropy needs labels"),
+        (lambda s: s.loss, ValueError, "weighting returned NoneType.*no loss"),
+        (lambda s: s.divergence.nosuch, AttributeError, "^'Tensor' object has no attribute 'nosuch'$"),
+        (lambda s: s.divergence + "1", TypeError, "^(?!weighting)"),
+    ],
+)
+def test_a_callable_that_reads_what_is_not_there(read, error, message):
+    with pytest.raises(error, match=message):
+        ea_kd_loss(torch.randn(6, 10), torch.randn(6, 10), weighting=read)
+
+
 def test_a_callable_gets_what_it_asks_for():
     """H_ub where it has a parameter for it, and cross-entropy wherever there are labels."""
     z, y, labels = torch.randn(6, 10), torch.randn(6, 10), torch.randint(0, 9, (6,))

@@ -9,9 +9,7 @@ file of text. docs/cache.md has the format and what is guaranteed.
 try:
     import pyarrow  # noqa: F401
 except ImportError as error:
-    raise ImportError(
-        f'eakd_kernels.cache needs pyarrow, which cannot be imported ({error}): pip install "eakd_kernels[cache]"'
-    ) from error
+    raise ImportError(f"eakd_kernels.cache needs pyarrow: pip install pyarrow ({error})") from error
 
 from .format import CacheError, Provenance, tokenizer_hash
 from .reader import CachedBatch, CachedSequence, TeacherCacheReader, collate

@@ -66,7 +66,8 @@ def rows_from_logits(
     """Rows of a passage, a token each, from logits [T, V] of both models and its ids [T].
 
     Logits of a position predict the next token, whose row they become; the first token's is None. options: those of
-    `distill_stats`, the entropies' temperature and the weights' norm among them; probabilities are at temperature 1.
+    `distill_stats`, the entropies' temperature and the weights' norm among them; probabilities are at temperature 1, of
+    the logits within vocab_size after each side's scale and soft cap.
     """
     if not len(student_logits) == len(teacher_logits) == len(ids):
         raise ValueError(
@@ -76,13 +77,33 @@ def rows_from_logits(
     if len(ids) == 0:
         return ()
     stats = distill_stats(student_logits[:-1], teacher_logits[:-1], **options)
-    students = _predictions(student_logits[:-1], stats.student_entropy, ids[1:], decode, candidates)
-    teachers = _predictions(teacher_logits[:-1], stats.teacher_entropy, ids[1:], decode, candidates)
+    student, teacher = (
+        _seen(
+            logits[:-1],
+            options.get("vocab_size"),
+            options.get(f"{side}_logit_scale", 1.0),
+            options.get(f"{side}_softcap"),
+        )
+        for side, logits in (("student", student_logits), ("teacher", teacher_logits))
+    )
+    following = ids[1:]
+    columns = student.shape[-1]
+    beyond = (following < 0) | (following >= columns)
+    if beyond.any():
+        raise ValueError(f"ids must be in 0..{columns - 1}, the columns in use, got {following[beyond][0].item()}")
+    students = _predictions(student, stats.student_entropy, following, decode, candidates)
+    teachers = _predictions(teacher, stats.teacher_entropy, following, decode, candidates)
     return (None, *map(Row, stats.weight.tolist(), teachers, students))
 
 
+def _seen(logits: Tensor, vocab_size: int | None, scale: float, softcap: float | None) -> Tensor:
+    """What the statistics see of a side's logits."""
+    logits = logits[..., :vocab_size].float() * scale
+    return logits if softcap is None else softcap * (logits / softcap).tanh()
+
+
 def _predictions(logits: Tensor, entropies: Tensor, ids: Tensor, decode: Callable[[int], str], candidates: int):
-    probabilities = logits.softmax(-1, dtype=torch.float32)
+    probabilities = logits.softmax(-1)
     top = probabilities.topk(min(candidates, logits.shape[-1]))
     own = probabilities.gather(-1, ids[:, None])[:, 0]
     likeliest = (

@@ -187,7 +187,7 @@ def test_missing_packages_are_named(run, corpus, monkeypatch):
     for name in [name for name in sys.modules if name.startswith("eakd_kernels.cache")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(ImportError, match=re.escape('pip install "eakd_kernels[cache]"')):
+    with pytest.raises(ImportError, match="pip install pyarrow"):
         import eakd_kernels.cache  # noqa: F401
 
 

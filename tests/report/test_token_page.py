@@ -65,6 +65,30 @@ def test_no_more_candidates_than_columns():
     assert len(found[1].teacher.candidates) == 3
 
 
+def test_predictions_are_of_the_logits_that_the_weights_see():
+    student, teacher = logits(0), logits(1)
+    student[:, 12:] += 50
+    wide = torch.cat([teacher, torch.full((T, 7), 100.0)], -1)
+    found = rows(
+        student, wide, vocab_size=12, student_logit_scale=0.5, student_softcap=2.0, teacher_softcap=3.0, candidates=40
+    )
+    for i, made in enumerate(found[1:]):
+        for model, given in (
+            (made.student, 2 * (student[i, :12] * 0.5 / 2).tanh()),
+            (made.teacher, 3 * (teacher[i, :12] / 3).tanh()),
+        ):
+            p = given.softmax(-1)
+            assert {c.text: c.probability for c in model.candidates} == pytest.approx(
+                {str(j): value for j, value in enumerate(p.tolist())}
+            )
+            assert model.probability == pytest.approx(p[IDS[i + 1]].item())
+
+
+def test_a_token_beyond_the_vocabulary():
+    with pytest.raises(ValueError, match=r"ids must be in 0\.\.8, the columns in use, got 9"):
+        rows(logits(0), logits(1), vocab_size=9)
+
+
 def test_no_gradient_is_kept():
     assert rows(logits(0).requires_grad_(), logits(1)) == rows(logits(0), logits(1))
 
