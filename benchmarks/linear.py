@@ -22,7 +22,7 @@ from eakd_kernels.projection import chunk_size
 from . import timing
 from .measure import machine
 from .memory import in_a_fresh_process, memory_of
-from .report import Row, save
+from .report import Row, heading, markdown, save
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 RATIOS = {"x_parts": "parts", "x_dense": "eakd dense", "x_liger": "liger jsd"}
@@ -140,6 +140,20 @@ def measure(shape: Shape, rounds: int) -> list[Row]:
         print(f"{name:16} {row['ms']:>8} ms   x parts {row['x_parts']:>6}   {row['mb']:>7} MB")
         rows.append({column: str(value) for column, value in row.items()})
     return rows
+
+
+def table(rows: list[Row]) -> str:
+    """Markdown: where and when, then a line for every provider."""
+    first = rows[0]
+    shape = f"{first['rows']} rows, vocabulary {first['vocab']}, hidden size {first['hidden']}, {first['dtype']}"
+    lines = {
+        "provider": [row["provider"] for row in rows],
+        "ms": [f"{row['ms']} [{row['ms_q1']}, {row['ms_q3']}]" for row in rows],
+        "x parts": [row["x_parts"] for row in rows],
+        "memory, MB": [row["mb"] for row in rows],
+        "% of fp32 logits": [row["percent_of_fp32_logits"] for row in rows],
+    }
+    return f"{heading(rows)} {shape}; medians [quartiles] of {first['rounds']} rounds.\n\n{markdown(lines)}"
 
 
 def main() -> None:

@@ -297,14 +297,14 @@ def _number(value: str) -> str:
 def _tabulate(rows: list[Row], columns: dict[str, Callable[[Row], str]]) -> str:
     """Without the columns that are empty."""
     cells = {name: [cell(row) for row in rows] for name, cell in columns.items()}
-    return _markdown({name: column for name, column in cells.items() if any(column)})
+    return markdown({name: column for name, column in cells.items() if any(column)})
 
 
 def _markdown_of(lines: list[Row]) -> str:
-    return _markdown({name: [line[name] for line in lines] for name in lines[0]}) if lines else ""
+    return markdown({name: [line[name] for line in lines] for name in lines[0]}) if lines else ""
 
 
-def _markdown(columns: dict[str, list[str]]) -> str:
+def markdown(columns: dict[str, list[str]]) -> str:
     widths = {name: max(len(cell) for cell in (name, *column, "---")) for name, column in columns.items()}
     header = [name.ljust(width) for name, width in widths.items()]
     rule = ["-" * width for width in widths.values()]

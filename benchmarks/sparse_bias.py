@@ -20,7 +20,7 @@ from torch import Tensor
 
 from eakd_kernels import ea_kd_loss, teacher_topk, topk_ea_kd_loss
 
-from .report import Row, _markdown
+from .report import Row, markdown
 
 ROOT = Path(__file__).parents[1]
 CSV, PAGE = ROOT / "benchmarks" / "results" / "sparse" / "smollm2-135m.csv", ROOT / "docs" / "sparse.md"
@@ -108,7 +108,7 @@ def rows_of(batches: Iterator[tuple[Tensor, Tensor]]) -> list[Row]:
 def table(rows: list[Row]) -> str:
     """Markdown, with the whole teacher first and the rest by tail."""
     order = sorted(rows, key=lambda row: ("whole", *TAILS).index(row["tail"]))
-    return _markdown({header: [row[name] for row in order] for header, name in COLUMNS.items()})
+    return markdown({header: [row[name] for row in order] for header, name in COLUMNS.items()})
 
 
 def insert(text: str, page: str) -> str:

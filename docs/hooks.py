@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # benchmarks are no part of the installed package
 
 import eakd_kernels  # noqa: E402
-from benchmarks import report  # noqa: E402
+from benchmarks import linear, report  # noqa: E402
 
 TAKE_OPTIONS = ("ea_dkd_loss", "distill_stats", "ea_weights", "fused_linear_ea_kd_loss", "topk_ea_kd_loss")
 
@@ -100,9 +100,13 @@ def methods_measured() -> str:
     return _tables(report.RESULTS / "methods")
 
 
-def _tables(folder: Path) -> str:
-    tables = "\n\n".join(report.for_docs(report.load(path)) for path in report.latest(folder))
+def linear_measured() -> str:
+    return _tables(report.RESULTS / "linear", linear.table)
+
+
+def _tables(folder: Path, table=report.for_docs) -> str:
+    tables = "\n\n".join(table(report.load(path)) for path in report.latest(folder))
     return f'<div class="measured" markdown>\n{tables}\n</div>'
 
 
-GENERATED = {function.__name__: function for function in (options, functions, measured, methods_measured)}
+GENERATED = {f.__name__: f for f in (options, functions, measured, methods_measured, linear_measured)}
