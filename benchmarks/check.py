@@ -62,7 +62,7 @@ def in_fp64(formula: Loss, inputs: Inputs, rows: slice = slice(None)) -> tuple[f
     return part.item(), student.grad
 
 
-def check(provider: Provider, inputs: Inputs) -> Check:
+def check(provider: Provider, inputs: Inputs, in_fp64: Callable = in_fp64) -> Check:
     """How far off a provider is, and what is wrong with it where that is too far. All rows, a few at a time."""
     loss, gradient = run(provider.loss, inputs).item(), inputs.student.grad
     height = max(1, CHECKED_BYTES // (8 * inputs.student.shape[-1]))

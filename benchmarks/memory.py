@@ -63,16 +63,23 @@ def memory_of(step: Callable[[Callable], object], forget: Callable[[], object]) 
 
     A step may call what it is given, between forward and backward; `forget` frees what the first one made.
     """
-    # What is freed goes back to the system at once: below, malloc must not serve a step from what it has kept.
+    # What is freed goes back to the system at once: below, malloc must not serve a step from what it has kept. It does
+    # so from holes that are large enough, whatever the threshold: their pages go back, too, and are counted once used.
     M_MMAP_THRESHOLD = -3
-    ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 16)
+    libc = ctypes.CDLL(None)
+    libc.mallopt(M_MMAP_THRESHOLD, 1 << 16)
+
+    def resident() -> int:
+        libc.malloc_trim(0)
+        return resident_bytes()
+
     step(lambda: None)  # compiles, loads, starts threads
     forget()
     gc.collect()
+    counts = [resident()]
     restart_peak()
-    resident = [resident_bytes()]
-    step(lambda: resident.append(resident_bytes()))
-    return Memory(peak_bytes() - resident[0], resident[-1] - resident[0])
+    step(lambda: counts.append(resident()))
+    return Memory(peak_bytes() - counts[0], counts[-1] - counts[0])
 
 
 def restart_peak() -> None:

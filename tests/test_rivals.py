@@ -21,12 +21,28 @@ TINY_HIDDEN = HiddenCase(300, 24, 32, "fp32")
 DTYPES = ("fp32", "bf16")
 
 
-def loaded(rival):
-    """Kernels run in Triton's interpreter where there is no GPU."""
-    found = packages.load(rival)
-    if isinstance(found, str):
-        pytest.skip(found)
-    return found
+class Scalar(float):
+    """A float as Triton's compiler hands it to a kernel; its interpreter hands over Python's."""
+
+    def to(self, dtype):
+        return self
+
+
+@pytest.fixture
+def loaded(monkeypatch):
+    """Loads a rival, or skips. Kernels run in Triton's interpreter where there is no GPU."""
+
+    def load(rival):
+        found = packages.load(rival)
+        if isinstance(found, str):
+            pytest.skip(found)
+        if rival is packages.RIVALS["liger kl"] and DEVICE == "cpu":
+            from liger_kernel.transformers import LigerKLDIVLoss
+
+            monkeypatch.setattr(LigerKLDIVLoss.__init__, "__defaults__", (Scalar(1e-10),))
+        return found
+
+    return load
 
 
 @pytest.mark.parametrize("name", formulas.FORMULAS)
@@ -47,7 +63,7 @@ def test_cross_entropy_has_the_gradient_of_the_divergence():
 @pytest.mark.parametrize("student", [APART, NEAR])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", packages.RIVALS)
-def test_a_rival_on_logits_agrees_with_the_formula(name, dtype, student):
+def test_a_rival_on_logits_agrees_with_the_formula(name, dtype, student, loaded):
     rival = packages.RIVALS[name]
     ways = taking_part.ways(name, rival, loaded(rival), dtype)
     inputs = replace(TINY, dtype=dtype, student=student, device=DEVICE).inputs()
@@ -60,7 +76,7 @@ def test_a_rival_on_logits_agrees_with_the_formula(name, dtype, student):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", hidden.RIVALS)
-def test_a_rival_on_hidden_states_agrees_with_the_formula(name, dtype):
+def test_a_rival_on_hidden_states_agrees_with_the_formula(name, dtype, loaded):
     rival = hidden.RIVALS[name]
     found = taking_part.hidden_ways(name, rival, loaded(rival), dtype)
     inputs = replace(TINY_HIDDEN, dtype=dtype, device=DEVICE).inputs()
@@ -186,14 +202,20 @@ def test_packages_that_are_not_there_are_named(monkeypatch):
 def test_who_is_better_is_said():
     case = {"family": "logits", "vocab_size": "10", "rows": "2", "hidden": "", "dtype": "bf16", "student": APART}
     ours = case | {"provider": "eakd cpu", "weights": "ea", "logits": "", "gradient_error": "2e-3", "left_out": ""}
-    ours |= {"ms": "2", "peak_mb": "3", "retained_mb": "1"}
-    theirs = ours | {"provider": "theirs", "logits": "as is", "ms": "1.5", "peak_mb": "4", "gradient_error": "1e-3"}
+    ours |= {"ms": "2", "peak_mb": "3", "retained_mb": "5", "x_ours_q3": ""}
+    theirs = ours | {"provider": "theirs", "logits": "as is", "ms": "1.5", "x_ours_q3": "0.9"}
+    theirs |= {"peak_mb": "2.9", "retained_mb": "0", "gradient_error": "9e-4"}
     assert table.who_is_better([theirs, ours]).splitlines()[2:] == [
-        "- faster: theirs, as is (10 x 2 bf16 weighted: 1.50, ours 2.00)"
+        "- faster: theirs, as is (10 x 2, bf16, weighted: 1.50, ours 2.00)",
+        "- less retained: theirs, as is (10 x 2, bf16, weighted: 0.00, ours 5.00)",
     ]
-    assert table.who_is_better([theirs | {"ms": "3"}, ours]) == "Nobody else is better at any of this."
+    equal = theirs | {"x_ours_q3": "1.1", "retained_mb": "5"}
+    assert table.who_is_better([equal, ours]) == "Nobody else is better at any of this."
+    assert table.who_is_better([equal | {"weights": "none"}, ours]) == "Nobody else is better at any of this."
     errors = [row | {"family": "errors", "ms": "", "peak_mb": "", "retained_mb": ""} for row in (theirs, ours)]
-    assert "- more exact: theirs, as is (10 x 2 bf16 weighted apart: 0.00100" in table.who_is_better(errors)
+    assert table.who_is_better(errors).endswith("(10 x 2, bf16, weighted, apart: 0.000900, ours 0.00200)")
+    errors[0]["gradient_error"] = "1.1e-3"
+    assert table.who_is_better(errors) == "Nobody else is better at any of this."
 
 
 def test_the_command_prints_what_it_saves(made_up, monkeypatch, tmp_path, capsys):

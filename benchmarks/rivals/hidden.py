@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from eakd_kernels import fused_linear_ea_kd_loss
+from eakd_kernels.projection import Head
 
 from .. import methods
 from ..check import CHECKED_BYTES, Check, Loss, Provider, run
@@ -114,17 +115,31 @@ RIVALS = {
 
 @torch.no_grad()
 def teacher_entropies(hidden: Tensor, weight: Tensor) -> Tensor:
-    """[rows], of logits in fp32, of a few rows at a time."""
-    chunks = (
-        methods.entropy((rows @ weight.T).log_softmax(-1, dtype=torch.float32)) for rows in hidden.split(ENTROPY_ROWS)
-    )
-    return torch.cat(list(chunks))
+    """[rows], of logits in fp32, as TRL's own, of a few rows at a time."""
+    head, logits = Head(hidden, weight, None), hidden.new_empty(ENTROPY_ROWS, len(weight), dtype=torch.float32)
+    chunks = (slice(begin, begin + ENTROPY_ROWS) for begin in range(0, len(hidden), ENTROPY_ROWS))
+    return torch.cat([methods.entropy(head.logits(rows, logits).log_softmax(-1)) for rows in chunks])
 
 
-def check(provider: Provider, inputs: HiddenInputs) -> Check:
+def in_fp64(formula: Loss, inputs: HiddenInputs) -> tuple[float, Tensor, Tensor]:
+    """The loss and both gradients, logits of a few rows at a time."""
+    hidden, weight, teacher_hidden, teacher_weight = (tensor.detach().double() for tensor in inputs)
+    loss, gradients = 0.0, (torch.empty_like(hidden), torch.zeros_like(weight))
+    height = max(1, CHECKED_BYTES // (8 * len(weight)))
+    for begin in range(0, len(hidden), height):
+        rows = slice(begin, begin + height)
+        leaves = hidden[rows].requires_grad_(), weight.requires_grad_()
+        part = dense(formula, *leaves, teacher_hidden[rows], teacher_weight) * (len(leaves[0]) / len(hidden))
+        gradients[0][rows], of_weight = torch.autograd.grad(part, leaves)
+        gradients[1].add_(of_weight)
+        loss += part.item()
+    return loss, *gradients
+
+
+def check(provider: Provider, inputs: HiddenInputs, in_fp64: Callable = in_fp64) -> Check:
     """As check.check: errors of the loss, and of a row of a gradient in units of its largest element."""
     loss = run(provider.loss, inputs).item()
-    exact_loss, *exact = _in_fp64(provider.formula, inputs)
+    exact_loss, *exact = in_fp64(provider.formula, inputs)
     loss_error = abs(loss - exact_loss) / abs(exact_loss)
     error, wrong = 0.0, None
     for name, leaf, gradient in zip(("hidden states", "weight"), inputs[:2], exact, strict=True):
@@ -138,19 +153,3 @@ def check(provider: Provider, inputs: HiddenInputs) -> Check:
     if not loss_error <= provider.tolerance:
         wrong = f"loss {loss:.9g}, in fp64 {exact_loss:.9g}"
     return Check(loss_error, error, wrong)
-
-
-def _in_fp64(formula: Loss, inputs: HiddenInputs) -> tuple[float, Tensor, Tensor]:
-    """The loss and both gradients, logits of a few rows at a time."""
-    hidden, weight, teacher_hidden, teacher_weight = (tensor.detach().double() for tensor in inputs)
-    loss, gradients = 0.0, (torch.empty_like(hidden), torch.zeros_like(weight))
-    height = max(1, CHECKED_BYTES // (8 * len(weight)))
-    for rows, chunk, teacher in zip(
-        torch.arange(len(hidden)).split(height), hidden.split(height), teacher_hidden.split(height), strict=True
-    ):
-        leaves = chunk.requires_grad_(), weight.requires_grad_()
-        part = dense(formula, *leaves, teacher, teacher_weight) * (len(chunk) / len(hidden))
-        gradients[0][rows], of_weight = torch.autograd.grad(part, leaves)
-        gradients[1].add_(of_weight)
-        loss += part.item()
-    return loss, *gradients

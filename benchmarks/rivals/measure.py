@@ -36,7 +36,9 @@ def measure(
     """
     inputs, entered = case.inputs(), entries(case) if entered is None else entered
     errors_only = case.family == "errors"
-    judge = _lenient if errors_only else check_of
+    judge = partial(check_of, in_fp64=_remembered(inputs) if case.device == "cpu" else in_fp64_of(inputs))
+    if errors_only:  # how far off it is, is what is asked for
+        judge = partial(_lenient, judge)
     checks = {entry: admit(case, entry.provider, provider, inputs, judge) for entry, provider in entered.items()}
     admitted = {entry: provider for entry, provider in entered.items() if isinstance(checks[entry], Check)}
     samples = {} if errors_only else _samples(case, admitted, inputs, rounds, after_round)
@@ -57,13 +59,30 @@ def measure(
     return rows
 
 
-def check_of(provider: Provider, inputs: tuple) -> Check:
-    return (hidden.check if isinstance(inputs, HiddenInputs) else of_logits.check)(provider, inputs)
+def check_of(provider: Provider, inputs: tuple, in_fp64: Callable | None = None) -> Check:
+    check = hidden.check if isinstance(inputs, HiddenInputs) else of_logits.check
+    return check(provider, inputs, in_fp64 or in_fp64_of(inputs))
 
 
-def _lenient(provider: Provider, inputs: tuple) -> Check:
-    """How far off it is, is what is asked for."""
-    return check_of(provider, inputs)._replace(wrong=None)
+def in_fp64_of(inputs: tuple) -> Callable:
+    return hidden.in_fp64 if isinstance(inputs, HiddenInputs) else of_logits.in_fp64
+
+
+def _remembered(inputs: tuple) -> Callable:
+    """Every formula is computed once for all who claim it. On a GPU that would take the memory that they need."""
+    compute, known = in_fp64_of(inputs), {}
+
+    def in_fp64(formula, inputs, *rows):
+        key = formula, *(part.start for part in rows)
+        if key not in known:
+            known[key] = compute(formula, inputs, *rows)
+        return known[key]
+
+    return in_fp64
+
+
+def _lenient(judge: Callable, provider: Provider, inputs: tuple) -> Check:
+    return judge(provider, inputs)._replace(wrong=None)
 
 
 def _samples(case: Case, admitted: dict[Entry, Provider], inputs: tuple, rounds: int, after_round: Callable):
