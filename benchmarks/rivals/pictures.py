@@ -32,6 +32,7 @@ PROVIDERS = {
 OURS = ("eakd cpu", "eakd triton", "eakd cuda")
 WEIGHTS = {"ea": "weighted by entropy", "none": "the plain KL divergence"}
 DTYPES = {"fp32": "#3b8fd0", "bf16": "#e0620d", "fp16": "#009e73"}
+LETTER = 6.4
 STUDENTS = {APART: "student far from the teacher", NEAR: "student near the teacher"}
 
 
@@ -45,7 +46,7 @@ def times(rows: list[Row]) -> Card | None:
         "quartiles. Both axes are logarithmic. Dashed: bf16 logits as they are, in the package's own 16-bit "
         "arithmetic. Losses of other packages are weighted by entropies that PyTorch makes beside them."
     )
-    card = Card(830, 640, "Time of a logit against the vocabulary", caption)
+    card = Card(830, 640, "Time of a logit against the vocabulary", caption, LETTER)
     dashed = {f"{name}, as is": ("", color) for name, (_, color) in PROVIDERS.items()}
     for top, (weights, words) in zip((94, 384), WEIGHTS.items(), strict=True):
         card.text(MARGIN, top - 30, f"{words}, ns per logit", color=MUTED, fontsize=9.5)
@@ -119,23 +120,24 @@ def _of_hidden(rows: list[Row]) -> str:
 
 def _beside(title: str, caption: str, rows: list[Row], column: str, draw_bar: Callable[..., None]) -> Card:
     """Providers below each other, weighted and plain; dtypes side by side, on one scale."""
-    step, header, gap, top, left, apart = 20, 24, 14, 62, 176, 20
+    step, header, gap, top, left, apart = 20, 24, 14, 70, 176, 20
     rows = [_with_way(row) for row in rows]
     dtypes = _by_dtype(rows)
     groups = {weights: [row for row in rows if row["weights"] == weights] for weights in WEIGHTS}
     names = {weights: _in_order(group) for weights, group in groups.items() if group}
     height = sum(header + step * len(lines) + gap for lines in names.values())
-    card = Card(830, top + height, title, caption)
+    card = Card(830, top + height, title, caption, LETTER)
     width = (card.width - left - MARGIN + apart) / len(dtypes) - apart
     most = max(float(row.get(f"{column}_q3") or row[column]) for row in rows)
+    for i, dtype in enumerate(dtypes):
+        card.text(left + i * (width + apart), top - 8, dtype, fontweight="bold")
     for weights, lines in names.items():
-        card.text(MARGIN, top + 14, WEIGHTS[weights], fontweight="bold")
+        card.text(MARGIN, top + 14, WEIGHTS[weights], color=MUTED)
         for i, name in enumerate(lines):
-            style = {"fontweight": "bold"} if name in OURS else {"color": MUTED}
+            style = {"fontweight": "bold"} if name in OURS else {}
             card.text(left - 8, top + header + step * i + 14, label_of(name), ha="right", **style)
-        for i, (dtype, of_dtype) in enumerate(dtypes.items()):
+        for i, of_dtype in enumerate(dtypes.values()):
             place = left + i * (width + apart)
-            card.text(place, top + 14, dtype, color=MUTED)
             axes = bar_axes(
                 card.axes(place, top + header, width, step * len(lines)), len(lines) - 0.5, -0.5, 1.5 * most
             )
@@ -187,7 +189,7 @@ def errors(rows: list[Row]) -> Card | None:
         "over rows; logarithmic. As is: logits of 16 bits in the package's own 16-bit arithmetic. A gradient in bf16 "
         "is rounded by up to 0.002 of itself, in fp16 by 0.0005."
     )
-    card = Card(830, top + step * len(names) + 34, "Error of the gradient, by dtype of the logits", caption)
+    card = Card(830, top + step * len(names) + 34, "Error of the gradient, by dtype of the logits", caption, LETTER)
     for i, (dtype, color) in enumerate(DTYPES.items()):
         card.text(left + 60 * i, 58, f"\N{BLACK CIRCLE} {dtype}", color=color, fontweight="bold")
     values = [float(row["gradient_error"]) for row in checked]

@@ -131,6 +131,7 @@ def train(name: str, options: argparse.Namespace) -> dict:
         train_dataset=[{"input_ids": ids} for ids in windows],
         optimizers=(optimizer, new_schedule(optimizer, options.steps)),
     )
+    trainer.remove_callback(transformers.PrinterCallback)
     peak = _peak_of(trainer.train, options.device)
     return {"history": trainer.history, "peak_mb": peak / 1e6}
 
