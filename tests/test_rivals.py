@@ -132,6 +132,33 @@ def test_a_wrong_loss_on_hidden_states_is_noticed(loss, complaint):
     assert hidden.check(provider, TINY_HIDDEN.inputs()).wrong.startswith(complaint)
 
 
+def test_a_row_is_held_to_its_own_gradient():
+    """Which is small where the student is as good as the teacher."""
+    hidden_states, weight, teacher_hidden, _ = TINY_HIDDEN.inputs()
+    teacher_hidden = hidden_states.detach() + teacher_hidden
+    teacher_hidden[3] = hidden_states[3].detach() + 0.01 * teacher_hidden[3]
+    inputs = hidden.HiddenInputs(hidden_states, weight, teacher_hidden, weight.detach())
+
+    def wrong_in_row_3(hidden_states, *heads):
+        parts = hidden_states[:3], OffByAThousandth.apply(hidden_states[3:4]), hidden_states[4:]
+        return hidden.dense(formulas.kl, torch.cat(parts), *heads)
+
+    provider = Provider(wrong_in_row_3, formulas.kl, tolerance=check.FP32_TOLERANCE)
+    assert hidden.check(provider, inputs).wrong.startswith("gradient of hidden states")
+
+
+class OffByAThousandth(torch.autograd.Function):
+    """In the gradient alone."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return 1.001 * gradient
+
+
 def test_a_check_a_few_rows_at_a_time_says_the_same(monkeypatch):
     provider = Provider(wrong_gradient_of_one_row, formulas.kl, tolerance=check.FP32_TOLERANCE)
     whole = hidden.check(provider, TINY_HIDDEN.inputs())
