@@ -20,6 +20,8 @@ from multiprocessing import get_context
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when transformers is imported
+# Read when torch is. Threads that wait sleep: spinning ones slow every step down once another process wants a core.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
 import transformers
@@ -183,8 +185,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.rivals.training", description=about)
     parser.add_argument("--device", choices=BACKENDS, default="cpu", help="default: %(default)s")
     parser.add_argument("--teacher", choices=("smollm2", "random"), default="smollm2", help="default: %(default)s")
-    parser.add_argument("--steps", type=int, default=40, help="default: %(default)s")
-    parser.add_argument("--batch", type=int, default=4, help="windows in a batch; default: %(default)s")
+    parser.add_argument("--steps", type=int, default=30, help="default: %(default)s")
+    parser.add_argument("--batch", type=int, default=2, help="windows in a batch; default: %(default)s")
     parser.add_argument("--length", type=int, default=128, help="tokens in a window; default: %(default)s")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="default here: %(default)s")
