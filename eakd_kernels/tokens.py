@@ -1,7 +1,7 @@
 """Entropy and log-probability of one model's tokens, for policy gradients and on-policy distillation.
 
-The operators run with the model as its own teacher, whose divergence nobody looks at: one sweep over the logits in forward,
-one that writes the gradient in backward, and nothing else of their size.
+The operators run with the model as its own teacher, whose divergence nobody looks at: one sweep over the logits in
+forward, one that writes the gradient in backward, and nothing else of their size.
 """
 
 from torch import Tensor
@@ -37,9 +37,7 @@ def token_entropy(logits: Tensor, *, temperature: float = 1.0, **options) -> Ten
 
 
 @takes_options(ea_kd_loss, only=("ignore_index", *_TAKEN))
-def token_logprob_entropy(
-    logits: Tensor, ids: Tensor, *, temperature: float = 1.0, **options
-) -> tuple[Tensor, Tensor]:
+def token_logprob_entropy(logits: Tensor, ids: Tensor, *, temperature: float = 1.0, **options) -> tuple[Tensor, Tensor]:
     """(log p_id, H) of p = softmax(logits / temperature), in nats, from one sweep; H as in `token_entropy`.
 
     Differentiable in the logits z: d log p_id / dz_j = (1[j = id] - p_j) / temperature. Both gradients are written in

@@ -59,9 +59,7 @@ def test_values_and_gradients(dtype, temperature, backend):
     assert found.dtype == dtype
     assert_gradient_within_rounding(found, *wanted)
     (of_entropy,) = torch.autograd.grad(alone.sum(), logits)
-    wanted = [
-        torch.autograd.grad(eager(z, ids, temperature)[1].sum(), z)[0] for z in (leaf(logits, d) for d in wide)
-    ]
+    wanted = [torch.autograd.grad(eager(z, ids, temperature)[1].sum(), z)[0] for z in (leaf(logits, d) for d in wide)]
     assert_gradient_within_rounding(of_entropy, *wanted)
 
 
@@ -149,7 +147,9 @@ def sharded(logits, ids, temperature, backend):
     first = sum(WIDTHS[: dist.get_rank()])
     own = logits[..., first : first + WIDTHS[dist.get_rank()]].clone().requires_grad_()
     with Collectives() as calls:
-        values = token_logprob_entropy(own, ids, temperature=temperature, process_group=dist.group.WORLD, backend=backend)
+        values = token_logprob_entropy(
+            own, ids, temperature=temperature, process_group=dist.group.WORLD, backend=backend
+        )
     return [x.detach() for x in values], gradient(values, own), len(calls.calls)
 
 

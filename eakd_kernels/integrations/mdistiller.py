@@ -3,8 +3,8 @@
     from eakd_kernels.integrations.mdistiller import kd_loss, dkd_loss
 
 in the place of those in mdistiller/distillers/KD.py and DKD.py. Published functions of these names disagree about the
-arguments behind the temperature, so these go by keyword here. Values differ by what the 1e-10 inside published logarithms
-amounts to, about C * 1e-10 of an entropy.
+arguments behind the temperature, so these go by keyword here. Published entropies have 1e-10 inside the logarithm, and
+are about C * 1e-10 smaller.
 """
 
 from torch import Tensor

@@ -1,12 +1,12 @@
 """`ea_kd_loss` in torchdistill's registry; importing this module puts it there, as configurations do:
 
-    dependencies:
-      - name: 'eakd_kernels.integrations.torchdistill'
-    ...
-          criterion:
-            key: 'EAKDLoss'
-            kwargs: {student_module_path: 'fc', student_module_io: 'output', teacher_module_path: 'fc',
-                     teacher_module_io: 'output', temperature: 4.0, kd_weight: 0.9, ce_weight: 0.1}
+dependencies:
+  - name: 'eakd_kernels.integrations.torchdistill'
+...
+      criterion:
+        key: 'EAKDLoss'
+        kwargs: {student_module_path: 'fc', student_module_io: 'output', teacher_module_path: 'fc',
+                 teacher_module_io: 'output', temperature: 4.0, kd_weight: 0.9, ce_weight: 0.1}
 """
 
 from torch import Tensor, nn

@@ -1,6 +1,7 @@
 """The entropy-weighted loss in TRL's trainers, which look theirs up by name: a patch puts ours there.
 
-TRL's conventions stay: the divergence is the trainer's beta's, there is no factor tau^2, and TRL says what to divide by.
+TRL's conventions stay: the divergence is that of the trainer's beta, without a factor tau^2, and TRL says what to
+divide by.
 """
 
 from collections.abc import Callable
@@ -34,8 +35,8 @@ class Patch(AbstractContextManager):
 def patch_gkd(**options) -> Patch:
     """Let trl.experimental.gkd.GKDTrainer train with `ea_kd_loss`: call `patch_gkd(ce_weight=0.1)` before it trains.
 
-    options: those of `gkd_loss`; weighting="none" makes TRL's own loss. Returns a Patch: `.undo()` takes it back, and so
-    does the end of a with-block.
+    options: those of `gkd_loss`; weighting="none" makes TRL's own loss. Returns a Patch: `.undo()` takes it back, and
+    so does the end of a with-block.
 
     Raises RuntimeError where GKDTrainer's loss has another signature than in the TRL that this was written for.
     """
@@ -47,14 +48,14 @@ def patch_gkd(**options) -> Patch:
 def gkd_loss(**options) -> Callable[..., Tensor]:
     """A function with the signature of GKDTrainer.generalized_jsd_loss, of `ea_kd_loss` with `options`.
 
-    The divergence is beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q, with p the teacher, and KL(p || q)
-    at beta = 0, KL(q || p) at beta = 1. Labels are shifted already; rows of -100 are left out. The sum over rows is
-    divided by num_items_in_batch if that is given; else by the rows kept (without labels: by the batch) for
+    The divergence is beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q, with p the teacher, and
+    KL(p || q) at beta = 0, KL(q || p) at beta = 1. Labels are shifted already; rows of -100 are left out. The sum over
+    rows is divided by num_items_in_batch if that is given; else by the rows kept (without labels: by the batch) for
     "batchmean", by the rows kept times the vocabulary for "mean", and by nothing for "sum".
 
-    options: those of `ea_kd_loss` but for what the call decides: divergence, temperature, ignore_index, mask, num_items,
-    reduction, return_stats. Defaults that differ: entropy_temperature=1.0, weight_norm="bound" (with weighting="none":
-    "none"), scale_by_temperature_squared=False.
+    options: those of `ea_kd_loss` but for what the call decides: divergence, temperature, ignore_index, mask,
+    num_items, reduction, return_stats. Defaults that differ: entropy_temperature=1.0, weight_norm="bound" (with
+    weighting="none": "none"), scale_by_temperature_squared=False.
 
     The function raises ValueError for reduction "none", which TRL has for every column of every row.
     """

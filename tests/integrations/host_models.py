@@ -56,6 +56,7 @@ def ea_rows(student, teacher, labels, ce_weight=0.0):
 def tokenizer(vocab_size=512):
     """A byte-level BPE of the Python manual's topics, with a chat template."""
     from pydoc_data import topics
+
     from tokenizers import ByteLevelBPETokenizer
     from transformers import PreTrainedTokenizerFast
 

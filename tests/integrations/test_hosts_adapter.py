@@ -95,7 +95,7 @@ def test_adapters_import_no_host():
     [
         ({}, "entropy_temperature=1.0, weight_norm='bound'"),
         ({"weighting": "none"}, "entropy_temperature=1.0, weight_norm='none', weighting='none'"),
-        ({"weighting": torch.ones(3), "weight_norm": "mean"}, "entropy_temperature=1.0, weight_norm='mean', weighting="),
+        ({"weighting": torch.ones(3)}, "entropy_temperature=1.0, weight_norm='bound', weighting=<(3,)>"),
         ({"entropy_temperature": 3.0}, "entropy_temperature=3.0, weight_norm='bound'"),
     ],
 )

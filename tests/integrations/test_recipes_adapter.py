@@ -16,7 +16,9 @@ TORCHTUNE = of_kind("tt_*")
 def test_automodel(name, backend):
     data, params = load(name), CASES[name]["params"]
     student, teacher = inputs(data, backend)
-    loss_of = KDLoss(params["ignore_index"], params["tau"], chunk_size=params["chunk_size"], weighting="none", backend=backend)
+    loss_of = KDLoss(
+        params["ignore_index"], params["tau"], chunk_size=params["chunk_size"], weighting="none", backend=backend
+    )
     loss = loss_of(student, teacher, data["labels"], params["num_batch_labels"])
     check_loss_and_gradient(name, loss, student, data)
 
@@ -34,7 +36,9 @@ def test_torchtune(name, backend):
     loss = KDLoss(**options)(student, teacher, data["labels"], count)
     log_p = data["teacher"].double().log_softmax(-1)[kept]
     missing = ratio * -(log_p.exp() * log_p).sum() / (kept.sum() if count is None else 1)
-    check(loss + missing, data["loss"], tolerance["loss_rtol"], tolerance["loss_atol"], fp32=loss.dtype == torch.float32)
+    check(
+        loss + missing, data["loss"], tolerance["loss_rtol"], tolerance["loss_atol"], fp32=loss.dtype == torch.float32
+    )
     (gradient,) = torch.autograd.grad(loss, student)
     check(gradient, data["grad_student"], tolerance["grad_rtol"], tolerance["grad_atol"])
 
@@ -99,7 +103,5 @@ def test_chunks_that_do_not_cover_the_labels():
 
 def test_bf16_logits_are_not_rounded_again():
     student, teacher, labels = problem(torch.bfloat16)
-    exact = ea_kd_loss(
-        *(student.double(), teacher.double(), labels), entropy_temperature=1.0, weight_norm="bound"
-    )
+    exact = ea_kd_loss(*(student.double(), teacher.double(), labels), entropy_temperature=1.0, weight_norm="bound")
     torch.testing.assert_close(KDLoss(fp32_upcast=False)(student, teacher, labels).double(), exact, rtol=4e-6, atol=0)

@@ -258,7 +258,9 @@ def test_a_changed_loss_is_refused(monkeypatch):
 
     before = GKDTrainer.generalized_jsd_loss
     monkeypatch.setattr(adapter, "load", lambda *_: types.SimpleNamespace(GKDTrainer=GKDTrainer))
-    with pytest.raises(RuntimeError, match=rf"GKDTrainer of trl .*temperature=0\.9\), where.*trl {hosts.WRITTEN_FOR['trl']}"):
+    with pytest.raises(
+        RuntimeError, match=rf"GKDTrainer of trl .*temperature=0\.9\), where.*trl {hosts.WRITTEN_FOR['trl']}"
+    ):
         adapter.patch_gkd()
     assert GKDTrainer.generalized_jsd_loss is before
 

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from host_models import qwen2, tokenizer
+from host_models import ea_rows, qwen2, tokenizer
 
+from eakd_kernels.integrations.transformers import EAKDTrainerMixin
 from eakd_kernels.integrations.trl import patch_distillation, patch_gkd
 
 pytest.importorskip("trl", reason="trl is not installed: pip install 'eakd_kernels[hosts]'")
@@ -35,9 +36,7 @@ def gkd(folder, bpe, **more):
     ]
     student, teacher = qwen2(0, TOKENS), qwen2(1, TOKENS, width=48)
     config = GKDConfig(**arguments(folder, lmbda=0.0, max_length=48, beta=0.5, **more))
-    trainer = GKDTrainer(
-        student, teacher, config, train_dataset=Dataset.from_list(turns), processing_class=bpe
-    )
+    trainer = GKDTrainer(student, teacher, config, train_dataset=Dataset.from_list(turns), processing_class=bpe)
     return trained(trainer, student)
 
 
@@ -59,6 +58,26 @@ def trained(trainer, student):
     assert len(logs) == 2
     moved = [p.detach() - was for p, was in zip(student.parameters(), before, strict=True)]
     return logs, torch.cat([way.flatten() for way in moved])
+
+
+def test_sft_trainer_with_the_mixin(bpe, tmp_path):
+    """A Trainer of TRL that has a loss of its own, which the mixin comes before."""
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    class Distillation(EAKDTrainerMixin, SFTTrainer):
+        pass
+
+    student, teacher = qwen2(0, TOKENS), qwen2(1, TOKENS, width=48)
+    config = SFTConfig(**arguments(tmp_path, max_length=24, per_device_train_batch_size=3, max_steps=1))
+    data = Dataset.from_dict({"text": TEXTS * 2})
+    trainer = Distillation(student, config, train_dataset=data, processing_class=bpe, teacher=teacher)
+    seen = []
+    trainer.distillation_loss.register_forward_pre_hook(lambda module, given: seen.append(given))
+    trainer.train()
+    lost = torch.cat([ea_rows(*given) for given in seen])
+    logs = [entry for entry in trainer.state.log_history if "grad_norm" in entry]
+    assert len(seen) == 2 and logs[0]["loss"] == pytest.approx(lost.mean().item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("train, patch", [(gkd, patch_gkd), (distillation, patch_distillation)])
