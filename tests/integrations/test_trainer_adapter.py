@@ -172,9 +172,10 @@ def test_recorder(tmp_path):
     assert not stats.weight[labels == -100].any() and (stats.weight[labels != -100] > 0).all()
 
 
-def test_mixed_precision(tmp_path):
-    """Under bf16=True accelerate hands the student's logits over in fp32; the teacher's weights are bf16."""
-    student, teacher, data = qwen2(0), qwen2(1).bfloat16(), rows(4)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_mixed_precision(dtype, tmp_path):
+    """Under bf16=True accelerate hands the student's logits over in fp32; the teacher computes in bf16."""
+    student, teacher, data = qwen2(0), qwen2(1).to(dtype), rows(4)
     trainer = trainer_of(tmp_path, student, teacher, data, bf16=True)
     given = []
     trainer.distillation_loss.register_forward_pre_hook(lambda module, arguments: given.append(arguments))
@@ -195,6 +196,20 @@ def test_the_teacher_is_left_alone(tmp_path):
     assert all(torch.equal(p, was) for p, was in zip(teacher.parameters(), before, strict=True))
 
 
+def test_a_teacher_that_is_placed_already(tmp_path, monkeypatch):
+    """By device_map, where `.to` would raise; and its key-value cache is not for here."""
+    from transformers import Trainer
+
+    moved = []
+    monkeypatch.setattr(Trainer, "_move_model_to_device", lambda self, model, device: moved.append(model))
+    student, teacher, placed = qwen2(0), qwen2(1), qwen2(2)
+    placed.hf_device_map = {"": "cpu"}
+    for model in (teacher, placed):
+        trainer_of(tmp_path, student, model, rows(2))
+        assert not model.config.use_cache
+    assert teacher in moved and placed not in moved
+
+
 def test_padded_vocabularies_are_for_the_caller_to_cut(tmp_path):
     student, wide, data = qwen2(0), qwen2(1, vocab_size=VOCAB + 8), rows(4)
     with pytest.raises(ValueError, match=f"pass vocab_size={VOCAB}"):
@@ -212,15 +227,15 @@ def test_padded_vocabularies_are_for_the_caller_to_cut(tmp_path):
 
 
 class Plain(nn.Module):
-    """No model of transformers, so that Trainer knows nothing of its loss; keeps what it was called with."""
+    """No model of transformers, so that Trainer knows nothing of its loss; keeps the labels that it was given."""
 
     def __init__(self, seed):
         super().__init__()
         torch.manual_seed(seed)
         self.embedding, self.head = nn.Embedding(VOCAB, 8), nn.Linear(8, VOCAB)
 
-    def forward(self, input_ids, attention_mask=None, labels=None, **others):
-        self.given = {"labels": labels, **others}
+    def forward(self, input_ids, attention_mask=None, labels=None):
+        self.labels = labels
         return SimpleNamespace(logits=self.head(self.embedding(input_ids)))
 
 
@@ -246,7 +261,7 @@ def test_models_see_no_labels(tmp_path):
     inputs = {**batch(rows(2)), "skip_logits": True, "shift_labels": shifted(batch(rows(2))["labels"])}
     names = set(inputs)
     trainer.compute_loss(student, inputs)
-    assert student.given == teacher.given == {"labels": None}
+    assert student.labels is teacher.labels is None
     assert set(inputs) == names  # prediction_step reads it afterwards
 
 
