@@ -117,7 +117,7 @@ def distillation_loss(**options) -> Callable[..., tuple[Tensor, Tensor, Tensor]]
 
     It returns (loss, sum of the student's entropies in nats, number of positions in completion_mask): beta, scales and
     caps of the logits, and the division are as TRL has them. The entropies are at entropy_temperature; TRL's own are at
-    the loss's temperature. Under autocast hidden states and heads are multiplied in its dtype, into fp32 logits.
+    the loss's temperature. Heads are multiplied in the dtype of the hidden states, or autocast's, into fp32 logits.
 
     options: those of `fused_linear_ea_kd_loss` but for what the call decides: divergence, temperature, ignore_index,
     mask, num_items, reduction, return_stats, ce_weight (there are no labels), scales and caps of logits. Defaults that
@@ -165,12 +165,10 @@ def distillation_loss(**options) -> Callable[..., tuple[Tensor, Tensor, Tensor]]
 
 
 def _projected(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Both in the dtype that autocast would multiply them in; FSDP's weight gathered."""
-    device, weight = hidden.device.type, _whole(weight)
-    if not torch.is_autocast_enabled(device):
-        return hidden, weight
-    dtype = torch.get_autocast_dtype(device)
-    return hidden.to(dtype), weight.to(dtype)
+    """Both in the dtype in which TRL multiplies them, autocast's or the hidden states'; FSDP's weight gathered."""
+    device = hidden.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    return hidden.to(dtype), _whole(weight).to(dtype)
 
 
 def _whole(tensor: Tensor | None) -> Tensor | None:

@@ -5,6 +5,7 @@ import torch
 from golden import CASES, check, check_loss_and_gradient, inputs, load, of_kind
 from host_models import ea_rows
 from support import make_logits, widest
+from torch import distributed as dist
 
 from eakd_kernels import divergences, ea_kd_loss
 from eakd_kernels.integrations.recipes import ChunkedKDLoss, KDLoss
@@ -69,12 +70,13 @@ def test_labels_of_another_shape():
 @pytest.mark.parametrize("split", [torch.chunk, torch.tensor_split])
 def test_chunks(split, count, backend):
     student, teacher, labels = problem(widest(backend))
-    options = {"temperature": 2.0, "ce_weight": 0.1, "backend": backend}
+    labels[labels == -100] = -1
+    options = {"temperature": 2.0, "ignore_index": -1, "ce_weight": 0.1, "backend": backend}
     wanted = KDLoss(**options)(student, teacher, labels, count)
     chunks = [split(logits, 4, 1) for logits in (student, teacher)]
     assert len({chunk.shape[1] for chunk in chunks[0]}) == 2
     loss_of = ChunkedKDLoss(num_output_chunks=4, **options)
-    assert loss_of.num_output_chunks == 4 and loss_of.ignore_index == -100
+    assert loss_of.num_output_chunks == 4 and loss_of.ignore_index == -1
     loss = loss_of(*chunks, labels, count)
     torch.testing.assert_close(loss, wanted)
     gradients = [torch.autograd.grad(x, student)[0] for x in (loss, wanted)]
@@ -93,6 +95,24 @@ def test_without_any_label_the_loss_is_zero_with_a_graph(count):
     for loss in losses:
         assert loss == 0
         assert not torch.autograd.grad(loss, student)[0].any()
+
+
+def sharded(student, teacher, labels):
+    columns = slice(0, 9) if dist.get_rank() == 0 else slice(9, None)
+    own = student[..., columns].clone().requires_grad_()
+    loss = KDLoss(tp_group=dist.group.WORLD)(own, teacher[..., columns].clone(), labels)
+    loss.backward()
+    return loss.detach(), own.grad
+
+
+def test_sharded_vocabularies(world):
+    student, teacher, labels = problem()
+    answers = world(2).run(sharded, student.detach(), teacher, labels)
+    loss = KDLoss()(student, teacher, labels)
+    loss.backward()
+    for got, _ in answers:
+        torch.testing.assert_close(got, loss.detach())
+    torch.testing.assert_close(torch.cat([gradient for _, gradient in answers], -1), student.grad)
 
 
 def test_chunks_that_do_not_cover_the_labels():

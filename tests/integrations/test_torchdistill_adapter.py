@@ -50,6 +50,13 @@ def test_equals_torchdistill():
     torch.testing.assert_close(by_name("EAKDLoss", scale_by_temperature_squared=False, **options)(*places), soft)
 
 
+def test_it_computes_in_the_dtype_of_the_logits():
+    student, teacher = make_logits(6, 10, dtype=torch.bfloat16)
+    places = io_dicts(student, teacher)
+    assert mid_level.KDLoss(**PLACES, temperature=3.0, alpha=0)(*places).dtype == torch.bfloat16
+    assert by_name("EAKDLoss")(*places).dtype == torch.float32
+
+
 def test_classes_are_the_second_dimension():
     student, teacher = make_logits(2, 7, 3, 4)
     targets = torch.randint(7, (2, 3, 4))

@@ -7,6 +7,7 @@ import pytest
 import torch
 from golden import CASES, FP32_TOLERANCE, check_loss_and_gradient, inputs, load, of_kind
 from support import eager, make_logits, widest
+from torch import distributed as dist
 
 from eakd_kernels.integrations import hosts
 from eakd_kernels.integrations import trl as adapter
@@ -126,6 +127,13 @@ def test_what_trl_decides_is_refused(factory, given):
         factory(**given)
 
 
+def test_gold_takes_other_arguments():
+    """It passes probabilities through a function of the same name, and so is not patched."""
+    gold = pytest.importorskip("trl.experimental.gold", reason=ABSENT)
+    with pytest.raises(RuntimeError, match="logits_are_probs=False"):
+        hosts.expect(gold.GOLDTrainer, "generalized_jsd_loss", adapter.gkd_loss(), "trl")
+
+
 def test_patch_and_undo():
     trainer = gkd_trainer()
     before = vars(trainer)["generalized_jsd_loss"]
@@ -212,6 +220,39 @@ def test_autocast():
     for mine, wanted in zip(*gradients, strict=True):
         assert mine.dtype == torch.float32
         assert (mine - wanted).norm() <= 2**-7 * wanted.norm()  # TRL's gradient of the logits is rounded to bf16
+
+
+def test_a_head_wider_than_its_hidden_states():
+    """bf16 hidden states and an fp32 head are multiplied in bf16, as in TRL."""
+    (hidden, teacher_hidden, *rest), _, _ = heads()
+    arguments = (hidden.detach().bfloat16(), teacher_hidden.bfloat16(), *rest)
+    loss_of = adapter.distillation_loss(weighting="none")
+    ours, theirs = (f(*arguments, beta=1.0)[0] for f in (loss_of, distillation_trainer()._chunked_divergence_loss))
+    torch.testing.assert_close(ours, theirs, rtol=2e-6, atol=0)
+
+
+def sharded_heads(states, mask):
+    """(loss, gradient of the student's whole head) where ranks have rows of both heads, as under FSDP2."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    hidden, teacher_hidden, *weights = states
+    weight, teacher_weight = (distribute_tensor(weight, mesh, [Shard(0)]) for weight in weights)
+    weight.requires_grad_()
+    loss, _, _ = adapter.distillation_loss()(hidden, teacher_hidden, weight, teacher_weight, mask, beta=0.5)
+    loss.backward()
+    return loss.detach(), weight.grad.full_tensor()
+
+
+def test_heads_that_are_sharded(world):
+    (*states, mask), leaves, _ = heads()
+    answers = world(2).run(sharded_heads, [state.detach() for state in states], mask)
+    loss, _, _ = adapter.distillation_loss()(*states, mask, beta=0.5)
+    wanted = torch.autograd.grad(loss, leaves[1])[0]
+    for got, gradient in answers:
+        torch.testing.assert_close(got, loss.detach())
+        torch.testing.assert_close(gradient, wanted)
 
 
 @pytest.mark.parametrize("beta", [0.0, 1.0])

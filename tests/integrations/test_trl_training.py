@@ -5,7 +5,7 @@ import torch
 from host_models import ea_rows, qwen2, tokenizer
 
 from eakd_kernels.integrations.transformers import EAKDTrainerMixin
-from eakd_kernels.integrations.trl import patch_distillation, patch_gkd
+from eakd_kernels.integrations.trl import gkd_loss, patch_distillation, patch_gkd
 
 pytest.importorskip("trl", reason="trl is not installed: pip install 'eakd_kernels[hosts]'")
 TOKENS = 512
@@ -49,6 +49,20 @@ def distillation(folder, bpe, **more):
     prompts = Dataset.from_dict({"prompt": [f"{text} {i}" for i, text in enumerate(TEXTS * 3)]})
     trainer = DistillationTrainer(student, teacher, config, train_dataset=prompts, processing_class=bpe)
     return trained(trainer, student)
+
+
+def test_what_the_gkd_trainer_passes(bpe, tmp_path, monkeypatch):
+    """Views of the logits, labels as many, and no temperature: that of its configuration is for sampling."""
+    from trl.experimental.gkd import GKDTrainer
+
+    calls, loss_of = [], gkd_loss()
+    monkeypatch.setattr(
+        GKDTrainer, "generalized_jsd_loss", staticmethod(lambda **given: calls.append(given) or loss_of(**given))
+    )
+    gkd(tmp_path, bpe, temperature=2.0)
+    for given in calls:
+        assert set(given) == {"student_logits", "teacher_logits", "labels", "beta", "num_items_in_batch"}
+        assert given["student_logits"]._is_view() and given["student_logits"].shape[:-1] == given["labels"].shape
 
 
 def trained(trainer, student):
