@@ -28,10 +28,15 @@ def expect(owner, name: str, ours, distribution: str) -> None:
     if callable(theirs) and _parameters(theirs) == _parameters(ours):
         return
     found = name + _shown(theirs) if callable(theirs) else f"no function {name}"
-    raise RuntimeError(
-        f"{owner.__name__} of {distribution} {_version(distribution)} has {found}, where this adapter, written for "
-        f"{distribution} {WRITTEN_FOR[distribution]}, needs {name}{_shown(ours)}: install that version, or call "
-        "eakd_kernels' functions in a subclass of your own"
+    raise changed(distribution, owner.__name__, found, name + _shown(ours))
+
+
+def changed(distribution: str, owner: str, found: str, needed: str) -> RuntimeError:
+    """The error for a host that is not as this package knows it."""
+    return RuntimeError(
+        f"{owner} of {distribution} {_version(distribution)} has {found}, where this adapter, written for "
+        f"{distribution} {WRITTEN_FOR[distribution]}, needs {needed}: install that version, or call eakd_kernels' "
+        "functions in a subclass of your own"
     )
 
 

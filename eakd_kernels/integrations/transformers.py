@@ -6,7 +6,7 @@ from torch.nn.functional import pad
 
 from ..modules import EAKDLoss
 from ..stats import RowStats
-from .hosts import expect, items, load, loss_module
+from .hosts import changed, expect, items, load, loss_module
 
 _DECIDED = ("ignore_index", "mask", "num_items", "reduction", "return_stats")
 # What Trainer puts beside a model's inputs. With labels a model would compute a loss of its own.
@@ -39,7 +39,7 @@ class EAKDTrainerMixin:
         everything else: Trainer's.
 
     Raises:
-        RuntimeError: Trainer.compute_loss has another signature than in the transformers this was written for.
+        RuntimeError: Trainer is not as in the transformers that this was written for.
         ValueError: `args` or arguments ask for what this loss would ignore; a batch has no labels.
 
     Not for nn.DataParallel. A teacher that does not fit on a device is for its owner to shard before.
@@ -54,6 +54,8 @@ class EAKDTrainerMixin:
         expect(trainer, "get_tp_size", lambda self: None, "transformers")
         super().__init__(*args, **kwargs)
         self._refuse_what_would_be_ignored()
+        if not hasattr(self, "_loss_shifts_labels"):
+            raise changed("transformers", "Trainer", "no _loss_shifts_labels", "that, to count the tokens of the loss")
         self.model_accepts_loss_kwargs = True  # or Trainer would not count tokens
         self._loss_shifts_labels = self.shift_labels = shift_labels  # and it counts those of shifted labels
         self.distillation_loss = loss_module(EAKDLoss, loss_options or {}, _DECIDED).to(self.args.device)

@@ -17,7 +17,7 @@ def hidden_states(vocab_size=40):
 
 def liger():
     return pytest.importorskip(
-        "liger_kernel.chunked_loss", reason="liger-kernel is not installed: pip install 'eakd_kernels[hosts]'"
+        "liger_kernel.chunked_loss", reason="liger-kernel is not installed: pip install '.[hosts]'"
     )
 
 

@@ -10,7 +10,7 @@ from support import make_logits
 from eakd_kernels.integrations import modelopt as adapter
 
 losses = pytest.importorskip(
-    "modelopt.torch.distill.losses", reason="modelopt is not installed: pip install 'eakd_kernels[hosts]'"
+    "modelopt.torch.distill.losses", reason="modelopt is not installed: pip install '.[hosts]'"
 )
 
 

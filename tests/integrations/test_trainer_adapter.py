@@ -12,7 +12,7 @@ from torch import nn
 from eakd_kernels import ea_kd_loss
 from eakd_kernels.integrations.transformers import EAKDTrainerMixin
 
-pytest.importorskip("transformers", reason="transformers is not installed: pip install 'eakd_kernels[hosts]'")
+pytest.importorskip("transformers", reason="transformers is not installed: pip install '.[hosts]'")
 CE_WEIGHT = 0.1
 
 
@@ -321,6 +321,19 @@ def test_data_parallel_is_refused(tmp_path):
     trainer.args = SimpleNamespace(n_gpu=2)
     with pytest.raises(ValueError, match=r"nn\.DataParallel is not supported"):
         trainer._refuse_what_would_be_ignored()
+
+
+def test_a_trainer_that_counts_otherwise_is_refused(tmp_path, monkeypatch):
+    from transformers import Trainer
+
+    class Other(Trainer):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            del self._loss_shifts_labels
+
+    monkeypatch.setattr("transformers.Trainer", Other)
+    with pytest.raises(RuntimeError, match=r"Trainer of transformers \S+ has no _loss_shifts_labels"):
+        trainer_of(tmp_path, Plain(0), Plain(1), rows(2))
 
 
 def test_a_trainer_that_changed_is_refused(tmp_path, monkeypatch):

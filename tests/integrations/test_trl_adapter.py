@@ -12,7 +12,7 @@ from torch import distributed as dist
 from eakd_kernels.integrations import hosts
 from eakd_kernels.integrations import trl as adapter
 
-ABSENT = "trl is not installed: pip install 'eakd_kernels[hosts]'"
+ABSENT = "trl is not installed: pip install '.[hosts]'"
 BETAS = [0.0, 0.3, 1.0]
 
 

@@ -7,7 +7,7 @@ from host_models import ea_rows, qwen2, tokenizer
 from eakd_kernels.integrations.transformers import EAKDTrainerMixin
 from eakd_kernels.integrations.trl import gkd_loss, patch_distillation, patch_gkd
 
-pytest.importorskip("trl", reason="trl is not installed: pip install 'eakd_kernels[hosts]'")
+pytest.importorskip("trl", reason="trl is not installed: pip install '.[hosts]'")
 TOKENS = 512
 TEXTS = ["Assignment statements are used to bind names", "A function call is an expression", "Sets are unordered"]
 
