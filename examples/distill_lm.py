@@ -48,13 +48,14 @@ from distill_lm_models import (
     next_tokens,
     split_text,
 )
-from distill_lm_page import token_page
+from distill_lm_page import new_record, write_pages
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 from tqdm import tqdm
 
 import eakd_kernels
 from eakd_kernels import ea_kd_loss, ea_weights
+from eakd_kernels.report import TrainingRecord, row_gradient_norms
 
 # Of the two training curves, relative. PyTorch's fp32 log_softmax puts the eager loss 1e-5 to 2e-5 off the exact one;
 # 200 steps at this learning rate do not magnify that, but more might. A cross-entropy weight 1 % off gives 5e-3.
@@ -118,10 +119,10 @@ def spread(weights: Tensor) -> float:
 
 
 class Run:
-    """A student, the loss it trains with, and one entry a step of what happened."""
+    """A student, the loss it trains with, and one entry a step of what happened; record gathers statistics of rows."""
 
-    def __init__(self, loss: Callable, student: nn.Module, steps: int):
-        self.loss, self.student = loss, student
+    def __init__(self, loss: Callable, student: nn.Module, steps: int, record: TrainingRecord | None = None):
+        self.loss, self.student, self.record = loss, student, record
         self.optimizer = new_optimizer(student)
         self.schedule = new_schedule(self.optimizer, steps)
         self.history: dict[str, list[float]] = defaultdict(list)
@@ -141,9 +142,12 @@ class Run:
         self.optimizer.zero_grad()
         self.schedule.step()
         end = time.perf_counter()
-        self._record(loss, rows, labels != IGNORED, loss_seconds=after_loss - before_loss, step_seconds=end - start)
+        self._note(loss, rows, labels != IGNORED, loss_seconds=after_loss - before_loss, step_seconds=end - start)
+        if self.record is not None:
+            norms = row_gradient_norms(gradient)
+            self.record.add(rows, ids, labels, step=len(self.weights) - 1, gradient_norms=norms)
 
-    def _record(self, loss: Tensor, rows, keep: Tensor, **seconds: float) -> None:
+    def _note(self, loss: Tensor, rows, keep: Tensor, **seconds: float) -> None:
         self.weights.append(rows.weight[keep])
         entry = {
             "loss": loss.item(),
@@ -317,7 +321,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=2, help="windows in a batch")
     parser.add_argument("--length", type=int, default=128, help="tokens in a window")
     parser.add_argument(
-        "--out", type=Path, default=Path("out/demo"), help="folder for curves.png, results.json and tokens.html"
+        "--out", type=Path, default=Path("out/demo"), help="folder for curves.png, results.json and two pages"
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -353,7 +357,11 @@ def main() -> None:
     if len(training) < options.batch:
         sys.exit(f"The text has {len(training)} windows of {options.length} tokens; --batch must not be larger.")
 
-    runs = {name: Run(loss, new_student(vocabulary, options.seed), options.steps) for name, loss in LOSSES.items()}
+    records = {"fused": new_record(tokenizer, vocabulary)}
+    runs = {
+        name: Run(loss, new_student(vocabulary, options.seed), options.steps, records.get(name))
+        for name, loss in LOSSES.items()
+    }
     ce_before = held_out_ce(runs["fused"].student, held_out, options.batch)
     teacher_seconds = train(runs, teacher, endless_batches(training, options.batch, options.seed), options.steps)
     print("Evaluating, and measuring memory")
@@ -372,9 +380,7 @@ def main() -> None:
         "before training": new_student(vocabulary, options.seed),
         f"after {options.steps} steps": runs["fused"].student,
     }
-    page = options.out / "tokens.html"
-    page.write_text(token_page(students, teacher, tokenizer, held_out[0]), encoding="utf-8")
-    print(f"Tokens by weight: {page}")
+    write_pages(options.out, records["fused"], students, teacher, tokenizer, held_out[0])
     if not all(difference <= LOSS_TOLERANCE for difference in results["curve_differences"]):
         sys.exit("The students' training losses differ by more than rounding explains: the fused loss is wrong here.")
 

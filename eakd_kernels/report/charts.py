@@ -10,7 +10,7 @@ WIDTH, HEIGHT = 1000, 1000  # of a chart's own coordinates, which the page stret
 
 
 def round_ticks(low: float, high: float, *, most: int = 6, whole: bool = False) -> list[float]:
-    """Round numbers, equally far apart, at most `most` of their distances, that low..high lies in as tightly as it can."""
+    """Round numbers, equally far apart by at most `most` steps, that enclose low..high as tightly as such can."""
     span = high - low if high > low else max(abs(high), 1.0)
     power = 10.0 ** (math.floor(math.log10(span)) - 1)
     best = None
@@ -44,10 +44,11 @@ def plot(
     )
 
 
-def drawing(description: str, y_lines: int, *shapes: Element) -> Element:
-    """An image with a horizontal line at each of so many y ticks."""
-    at = [HEIGHT * i / (y_lines - 1) for i in range(y_lines)]
-    grid = element("path", {"class": "grid", "d": "".join(f"M0,{y:.4g}H{WIDTH}" for y in at)})
+def drawing(description: str, y_ticks: int, *shapes: Element, x_ticks: int = 0) -> Element:
+    """An image with a line across at each of so many ticks."""
+    across = "".join(f"M0,{HEIGHT * i / (y_ticks - 1):.4g}H{WIDTH}" for i in range(y_ticks))
+    up = "".join(f"M{WIDTH * i / (x_ticks - 1):.4g},0V{HEIGHT}" for i in range(x_ticks))
+    grid = element("path", {"class": "grid", "d": across + up})
     return element(
         "svg",
         {

@@ -9,9 +9,8 @@ _UNSEEN = ("Cc", "Cf", "Cs", "Zs", "Zl", "Zp")
 
 
 def element(tag: str, attributes: dict[str, object] | None = None, *children: "Element | str") -> Element:
-    """Children: elements, or text. An attribute of True is a bare one; of None, none."""
-    given = {name: "" if value is True else str(value) for name, value in (attributes or {}).items() if value is not None}
-    made = Element(tag, given)
+    """Children: elements, or text. An attribute of True has no value."""
+    made = Element(tag, {name: "" if value is True else str(value) for name, value in (attributes or {}).items()})
     for child in children:
         if isinstance(child, str):
             _append_text(made, child)

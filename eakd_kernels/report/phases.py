@@ -38,8 +38,9 @@ class Distributions(Span):
         self.stretch(rows.step, rows.step)
         bins = bins_of(rows.values) + BINS * torch.arange(len(QUANTITIES), device="cpu")[:, None]
         self.counts += bins.flatten().bincount(minlength=self.counts.numel()).view_as(self.counts)
-        finite = rows.values.isfinite()
-        self._reach(rows.values.masked_fill(~finite, torch.inf).amin(1), rows.values.masked_fill(~finite, -torch.inf).amax(1))
+        odd = ~rows.values.isfinite()
+        smallest, largest = rows.values.masked_fill(odd, torch.inf), rows.values.masked_fill(odd, -torch.inf)
+        self._reach(smallest.amin(1), largest.amax(1))
 
     def merge(self, other: "Distributions") -> None:
         self.stretch(other.first, other.last)

@@ -32,7 +32,8 @@ def places_of_steps(view: TrainingView) -> list[float]:
     return [x((cell.first + cell.last) / 2) for cell in view.steps]
 
 
-def over_time(view: TrainingView, quantity: str) -> Element:
+def over_time(view: TrainingView, quantity: str, reading: str) -> Element:
+    """reading: of the step that the cursor is at first."""
     i, x_ticks, places = QUANTITIES.index(quantity), step_ticks(view), places_of_steps(view)
     known = [k for k, bands in enumerate(view.bands) if not math.isnan(bands[i][0])]
     values = [view.bands[k][i] for k in known]
@@ -54,6 +55,7 @@ def over_time(view: TrainingView, quantity: str) -> Element:
     drawing = charts.drawing(_in_words(view, quantity, "by step"), len(y_ticks), *shapes)
     return _panel(
         heading(quantity),
+        element("p", {"class": "summary reading"}, reading),
         charts.plot(drawing, [f"{step:,.0f}" for step in x_ticks], _labels(y_ticks), ("step", UNITS[quantity])),
         kind=kind(quantity),
     )
@@ -72,7 +74,9 @@ def histograms(view: TrainingView, quantity: str) -> Element:
     drawing = charts.drawing(_in_words(view, quantity, "as a histogram"), len(y_ticks), *shapes)
     return _panel(
         heading(quantity),
-        charts.plot(drawing, _labels(ticks), [f"{label} %" for label in _labels(y_ticks)], (UNITS[quantity], "of rows")),
+        charts.plot(
+            drawing, _labels(ticks), [f"{label} %" for label in _labels(y_ticks)], (UNITS[quantity], "of rows")
+        ),
         kind=kind(quantity),
     )
 
@@ -91,31 +95,37 @@ def _plane(view: TrainingView, part: Part, plane: Tensor, extent: float, ticks: 
     cell, paths = charts.WIDTH * extent / SIDE / ticks[-1], {}
     for teacher, student in counts.nonzero().tolist():
         count = float(counts[teacher, student])
-        side = cell * max(0.2, 0.95 * (count / most) ** 0.25)
+        side = cell * max(0.25, (count / most) ** 0.25)
         left, top = cell * (teacher + 0.5) - side / 2, charts.HEIGHT - cell * (student + 0.5) - side / 2
         shade = view.shade(float(weights[teacher, student]) / count)
         paths.setdefault(shade, []).append(f"M{left:.1f},{top:.1f}h{side:.1f}v{side:.1f}h{-side:.1f}z")
     squares = [element("path", {"class": f"square w-{shade}", "d": "".join(paths[shade])}) for shade in sorted(paths)]
+    said = f"{rows(int(counts.sum()))}. {_who_is_less_sure(counts)}"
+    medians = [amount(quantity, part.quantiles(quantity, (0.5,))[0]) for quantity in ENTROPIES]
+    description = f"Rows by both entropies, {part.steps}: {said} Medians: H_T {medians[0]}, H_S {medians[1]} nats."
     diagonal = charts.line([0, charts.WIDTH], [charts.HEIGHT, 0], "diagonal")
-    total, above = float(counts.sum()), float(counts.triu(1).sum() + counts.diagonal().sum() / 2)
-    less_sure = f"The student is less sure than the teacher in about {percent(above / total)} of them." if total else ""
-    description = f"Rows by both entropies, {part.steps}. {less_sure} Median of H_T {_median(part, 'teacher_entropy')}, "
-    description += f"of H_S {_median(part, 'student_entropy')} nats."
-    labels = _labels(ticks)
-    names = element("span", {}, symbol("teacher_entropy"), ", nats"), element("span", {}, symbol("student_entropy"), ", nats")
+    drawing = charts.drawing(description, len(ticks), *squares, diagonal, x_ticks=len(ticks))
+    names = [element("span", {}, symbol(quantity), ", nats") for quantity in ENTROPIES]
     return _panel(
         element("h3", {}, f"{part.name}, {part.steps}"),
-        charts.plot(charts.drawing(description, len(ticks), diagonal, *squares), labels, labels, names),
-        element("figcaption", {"class": "summary"}, f"{rows(int(total))}. {less_sure}"),
+        charts.plot(drawing, _labels(ticks), _labels(ticks), names),
+        element("figcaption", {"class": "summary"}, said),
         kind="plane",
     )
 
 
+def _who_is_less_sure(counts: Tensor) -> str:
+    """Cells on the diagonal are taken for half above it."""
+    total, above = float(counts.sum()), float(counts.triu(1).sum() + counts.diagonal().sum() / 2)
+    return f"The student is less sure than the teacher in about {percent(above / total)} of them." if total else ""
+
+
 def shares(view: TrainingView) -> list[Element]:
     """Of D, w D and the gradient in each tenth of the rows by H_T, once for each part of the training."""
-    found = [{name: part for name, part in share_of_tenths(part.phase).items() if name in measures(view)} for part in view.parts]
-    highest = max((share for part in found for values in part.values() for share in values if share == share), default=0.1)
-    ticks = round_ticks(0, 100 * max(highest, 1 / TENTHS), most=5)
+    wanted = measures(view)
+    found = [{name: share_of_tenths(part.phase)[name] for name in wanted} for part in view.parts]
+    known = [share for part in found for values in part.values() for share in values if not math.isnan(share)]
+    ticks = round_ticks(0, 100 * max([1 / TENTHS, *known]), most=5)
     return [_shares_of_part(part, values, ticks) for part, values in zip(view.parts, found, strict=True)]
 
 
@@ -162,10 +172,6 @@ def _labels(ticks: Iterable[float]) -> list[str]:
 
 def _shares(counts: Tensor) -> list[float]:
     return (counts / counts.sum().clamp(min=1)).tolist()
-
-
-def _median(part: Part, quantity: str) -> str:
-    return amount(quantity, part.quantiles(quantity, (0.5,))[0])
 
 
 def _value_ticks(view: TrainingView, quantity: str, values: Sequence[float], most: int = 6) -> list[float]:

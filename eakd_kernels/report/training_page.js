@@ -3,14 +3,16 @@ const { readings, places } = JSON.parse(document.getElementById("data").textCont
 const slider = document.getElementById("step");
 const label = document.getElementById("label");
 const cells = [...document.querySelectorAll("#reading tbody tr")].map((row) => [...row.querySelectorAll("td")]);
+const lines = document.querySelectorAll(".reading");
 const cursors = document.querySelectorAll(".cursor");
 
 function read(step) {
-  const { label: name, cells: numbers } = readings[step];
+  const { label: name, cells: numbers, lines: sentences } = readings[step];
   label.textContent = name;
   slider.value = step;
   slider.setAttribute("aria-valuetext", name);
   numbers.forEach((row, i) => row.forEach((text, j) => (cells[i][j].textContent = text)));
+  lines.forEach((line, i) => (line.textContent = sentences[i]));
   for (const cursor of cursors) cursor.setAttribute("d", `M${places[step]},0V1000`);
 }
 

@@ -1,4 +1,4 @@
-"""Statistics of a training, gathered step by step: distributions, not rows, so that they take no more room in the end."""
+"""Statistics of a training, gathered step by step: distributions, not rows, so that their size has a bound."""
 
 import math
 import operator
@@ -42,7 +42,8 @@ class TrainingRecord:
 
     Args:
         decode: a tokenizer, or a callable from a token's id (or a class) to its text. None: pages show ids.
-        bound: H_ub in nats, as the loss has it: log(V) unless entropy_bound was given. Pages mark it. None: they do not.
+        bound: H_ub in nats, as the loss has it: log(V) unless entropy_bound was given. Pages mark it. None: they do
+            not.
         keep: how many of the heaviest, of the lightest and of rows that are not finite are kept, in each of up to 16
             phases.
         context: with how many tokens before them.
@@ -119,19 +120,18 @@ class TrainingRecord:
             raise ValueError(f"step must be >= 0, got {step}")
         if step % self.every != 0:
             return
-        rows = rows_of(
-            stats, input_ids, labels, mask, gradient_norms, ignore_index=self.ignore_index, step=step
-        )
+        rows = rows_of(stats, input_ids, labels, mask, gradient_norms, ignore_index=self.ignore_index, step=step)
         if len(rows.places) > 0:
             self.steps.at(step).add(rows)
             self.phases.at(step).add(rows)
 
+    @torch.inference_mode(False)
     def merge(self, *others: "TrainingRecord") -> "TrainingRecord":
         """Adds what other records hold, of other ranks or other parts of a training, and returns this one, which then
         holds what it would if it had got every row itself.
 
-        Sums are fp64, so that their order can show in the last digits. Of rows that have weight and step in common, those
-        of this record are kept first.
+        Sums are fp64, so that their order can show in the last digits. Of rows with weight and step in common, those of
+        this record are kept first.
 
         Raises:
             ValueError: records whose bound, keep, context or every differ.
@@ -177,6 +177,8 @@ def row_gradient_norms(gradient: Tensor) -> Tensor:
                                                                      loss.backward()
     """
     if not gradient.is_floating_point() or gradient.dim() == 0:
-        raise TypeError(f"gradient must be a floating-point tensor [..., V], got {gradient.dtype} {list(gradient.shape)}")
+        raise TypeError(
+            f"gradient must be a floating-point tensor [..., V], got {gradient.dtype} {tuple(gradient.shape)}"
+        )
     dtype = torch.float64 if gradient.dtype == torch.float64 else torch.float32
     return torch.linalg.vector_norm(gradient.detach(), dim=-1, dtype=dtype)

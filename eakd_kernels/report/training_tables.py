@@ -7,31 +7,34 @@ from .markup import element, inline, visible
 from .rows import QUANTITIES
 from .samples import Sample
 from .training_view import BANDS, TENTHS, Part, TrainingView, bounds_of_tenths, odd, share_of_tenths, span
-from .training_words import MEASURES, amount, figure, kind, percent, symbol
+from .training_words import MEASURES, UNKNOWN, amount, figure, kind, percent, symbol
 
 
 def readings(view: TrainingView) -> list[dict]:
-    """For each of the steps in the charts over time, what the table below them shows."""
-    return [
-        {
-            "label": span(cell.first, cell.last),
-            "cells": [
-                [*(amount(quantity, value) for value in bands), f"{odd(cell, i):,}"]
-                for i, (quantity, bands) in enumerate(zip(QUANTITIES, all_bands, strict=True))
-            ],
-        }
-        for cell, all_bands in zip(view.steps, view.bands, strict=True)
-    ]
+    """For each of the steps in the charts over time, what the charts and the table below them say of it."""
+    found = []
+    for cell, all_bands in zip(view.steps, view.bands, strict=True):
+        cells = [
+            [*(amount(quantity, value) for value in bands), f"{odd(cell, i):,}"]
+            for i, (quantity, bands) in enumerate(zip(QUANTITIES, all_bands, strict=True))
+        ]
+        label = span(cell.first, cell.last).capitalize()
+        lines = [
+            f"{label}: median {median}, half of the rows from {lower} to {upper}"
+            for _, lower, median, upper, *_ in cells
+        ]
+        found.append({"label": label, "cells": cells, "lines": lines})
+    return found
 
 
 def quantiles_at_step(reading: dict) -> Element:
     """Of the step that the cursor is at."""
     columns = [*("median" if b == 0.5 else f"{100 * b:.0f} %" for b in BANDS), "not finite"]
-    body = [
-        element("tr", {}, element("th", {"scope": "row", "class": kind(quantity)}, symbol(quantity)), *map(_cell, cells))
-        for quantity, cells in zip(QUANTITIES, reading["cells"], strict=True)
-    ]
-    caption = element("caption", {}, element("output", {"id": "label", "for": "step"}, reading["label"]))
+    heads = (element("th", {"scope": "row", "class": kind(quantity)}, symbol(quantity)) for quantity in QUANTITIES)
+    body = [element("tr", {}, head, *map(_cell, cells)) for head, cells in zip(heads, reading["cells"], strict=True)]
+    caption = element(
+        "caption", {}, element("output", {"id": "label", "for": "step", "aria-live": "off"}, reading["label"])
+    )
     return element("table", {"id": "reading"}, caption, _head(["", *columns]), element("tbody", {}, *body))
 
 
@@ -59,9 +62,7 @@ def samples(view: TrainingView, caption: str, found: Sequence[Sample]) -> Elemen
     columns = [symbol(quantity) for quantity in ("weight", "teacher_entropy", "student_entropy", "divergence")]
     columns += ["gradient"] if view.has_norms else []
     bodies = [_sample(view, sample, len(columns) + 1) for sample in found]
-    return element(
-        "table", {"class": "samples"}, element("caption", {}, caption), _head([*columns, "step"]), *bodies
-    )
+    return element("table", {"class": "samples"}, element("caption", {}, caption), _head([*columns, "step"]), *bodies)
 
 
 def _sample(view: TrainingView, sample: Sample, columns: int) -> Element:
@@ -72,7 +73,7 @@ def _sample(view: TrainingView, sample: Sample, columns: int) -> Element:
         figure(sample.divergence),
     ]
     if view.has_norms:
-        cells.append("–" if sample.gradient_norm is None else figure(sample.gradient_norm))
+        cells.append(UNKNOWN if sample.gradient_norm is None else figure(sample.gradient_norm))
     numbers = element("tr", {}, *map(_cell, [*cells, f"{sample.step:,}"]))
     if not view.tokens_known:
         return element("tbody", {}, numbers)
@@ -81,19 +82,18 @@ def _sample(view: TrainingView, sample: Sample, columns: int) -> Element:
 
 
 def _passage(view: TrainingView, sample: Sample) -> list[Element]:
-    token = "–" if sample.token is None else visible(_text(view, sample.token))
+    token = UNKNOWN if sample.token is None else visible(_text(view, sample.token))
     weight = sample.weight
     shade = f"w-{view.shade(weight)}" if abs(weight) < float("inf") else "not-finite"
     shown = [element("span", {"class": f"token {shade}"}, token)]
     if sample.context:
-        parts = [inline(_text(view, other)) for other in sample.context]
-        words = (" " if view.decode is None else "").join(parts)
-        shown.insert(0, element("span", {"class": "context"}, words, " " if view.decode is None else ""))
+        words = "".join(inline(_text(view, other)) for other in sample.context)
+        shown.insert(0, element("span", {"class": "context"}, words.lstrip()))
     return shown
 
 
 def _text(view: TrainingView, token: int) -> str:
-    return f"#{token}" if view.decode is None else str(view.decode(token))
+    return f" #{token}" if view.decode is None else str(view.decode(token))
 
 
 def _head(columns: Sequence[Element | str]) -> Element:

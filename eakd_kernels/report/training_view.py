@@ -35,8 +35,8 @@ class Part(NamedTuple):
 
 
 class TrainingView(NamedTuple):
-    """steps: of the charts over time; bands: for each of them and of QUANTITIES, quantiles at BANDS; weight_scale: where
-    the shades of w end."""
+    """steps: of the charts over time; bands: for each of them and of QUANTITIES, quantiles at BANDS; weight_scale:
+    where the shades of w end."""
 
     steps: list[Distributions]
     bands: list[list[list[float]]]

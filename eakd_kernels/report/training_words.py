@@ -18,7 +18,9 @@ SYMBOLS = {
     "student_entropy": ("H", "S"),
     "weight": ("w", ""),
     "divergence": ("D", ""),
+    "bound": ("H", "ub"),
 }
+UNKNOWN = "\N{EN DASH}"
 # What is shared out over the tenths, and its class in the style sheet.
 MEASURES = {
     "divergence": ("D", "raw"),
@@ -37,9 +39,8 @@ def symbol(quantity: str) -> Element:
     return element("span", {"class": "symbol"}, letter, *([element("sub", {}, below)] if below else []))
 
 
-def heading(quantity: str, *, tag: str = "h3") -> Element:
-    unit = f", {UNITS[quantity]}" if UNITS[quantity] else ""
-    return element(tag, {"class": kind(quantity)}, f"{NAMES[quantity]} ", symbol(quantity), unit)
+def heading(quantity: str) -> Element:
+    return element("h3", {}, f"{NAMES[quantity]} ", symbol(quantity))
 
 
 def amount(quantity: str, value: float) -> str:
@@ -61,7 +62,7 @@ def figure(value: float) -> str:
 def percent(share: float) -> str:
     """Of a share in 0..1."""
     if math.isnan(share):
-        return "–"
+        return UNKNOWN
     if 0 < share < 0.001:
         return "<0.1 %"
     return f"{100 * share:.1f} %" if abs(share) < 0.0995 else f"{100 * share:.0f} %"
