@@ -31,8 +31,8 @@ def edges() -> Tensor:
 
 
 def quantiles(counts: Tensor, probabilities: tuple[float, ...], smallest: float, largest: float) -> list[float]:
-    """The ceil(p n)-th smallest of the n finite values for every p, off by at most 1/128 of itself (by 2^-24 below
-    2^-24); NaN where there are none.
+    """The ceil(p n)-th smallest of the n finite values for every p, off by at most 1/128 of itself. What is below
+    2^-24 counts as 0, and what is from 2^16 on as the largest. NaN where there are none.
 
     counts: [BINS]. smallest, largest: of the values; no quantile lies beyond, so that those of a constant are exact.
     """
@@ -44,6 +44,7 @@ def quantiles(counts: Tensor, probabilities: tuple[float, ...], smallest: float,
     bins = torch.searchsorted(cumulative, ranks.long())
     bounds = edges()
     middles = torch.where(bins == 0, 0.0, (bounds[bins] + bounds[bins + 1]) / 2)
+    middles = torch.where(bins == FINITE - 1, largest, middles)
     return middles.clamp(smallest, largest).tolist()
 
 

@@ -11,8 +11,8 @@ WIDTH, HEIGHT = 1000, 1000  # of a chart's own coordinates, which the page stret
 
 def round_ticks(low: float, high: float, *, most: int = 6, whole: bool = False) -> list[float]:
     """Round numbers, equally far apart by at most `most` steps, that enclose low..high as tightly as such can."""
-    span = high - low if high > low else max(abs(high), 1.0)
-    power = 10.0 ** (math.floor(math.log10(span)) - 1)
+    high = high if high > low else low + 1
+    power = 10.0 ** (math.floor(math.log10(high - low)) - 1)
     best = None
     for distance in (step * power for step in (1, 2, 2.5, 5, 10, 20, 25, 50, 100)):
         if whole and not distance.is_integer():

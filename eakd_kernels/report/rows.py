@@ -4,7 +4,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from ..stats import RowStats
 
@@ -52,6 +51,17 @@ def rows_of(
 ) -> Rows:
     """Of all tensors at once: on a GPU this copies, and so waits, a single time."""
     _check(stats, input_ids=input_ids, labels=labels, mask=mask, gradient_norms=gradient_norms)
+    columns = _columns(stats, input_ids, labels, mask, gradient_norms, ignore_index)
+    host = dict(zip(columns, torch.stack([*columns.values()]).cpu(), strict=True))
+    places = host["keep"].nonzero()[:, 0]
+    kept = {name: host[name][places].view(torch.float32) for name in (*QUANTITIES, "norms") if name in host}
+    norms = kept.pop("norms", None)
+    ids = host["ids"].view(-1, input_ids.shape[-1]) if len(places) > 0 and "ids" in host else None
+    return Rows(step, torch.stack([*kept.values()]), norms, places, host.get("tokens"), ids)
+
+
+def _columns(stats, input_ids, labels, mask, gradient_norms, ignore_index) -> dict[str, Tensor]:
+    """All on the device, flattened, and as int32: bits of floats among them."""
     keep = torch.ones_like(stats.weight, dtype=torch.bool) if mask is None else mask
     if labels is not None:
         keep = keep & (labels != ignore_index)
@@ -59,19 +69,16 @@ def rows_of(
     integers = {"keep": keep, "tokens": _predicted(input_ids, labels), "ids": input_ids}
     columns = {name: x.detach().float().view(torch.int32) for name, x in floats.items() if x is not None}
     columns |= {name: x.to(torch.int32) for name, x in integers.items() if x is not None}
-    host = dict(zip(columns, torch.stack([x.reshape(-1) for x in columns.values()]).cpu(), strict=True))
-    places = host["keep"].nonzero()[:, 0]
-    kept = {name: host[name][places].view(torch.float32) for name in floats if name in host}
-    norms, length = kept.pop("norms", None), 1 if input_ids is None else input_ids.shape[-1]
-    ids = host["ids"].view(-1, length) if "ids" in host and length > 0 else None
-    return Rows(step, torch.stack(list(kept.values())), norms, places, host.get("tokens"), ids)
+    return {name: x.reshape(-1) for name, x in columns.items()}
 
 
 def _predicted(input_ids: Tensor | None, labels: Tensor | None) -> Tensor | None:
     """Labels; without them the next of the ids, which a sequence's last row does not have."""
     if labels is not None or input_ids is None:
         return labels
-    return pad(input_ids[..., 1:], (0, 1), value=-1)
+    following = input_ids.roll(-1, -1)
+    following[..., -1:] = -1
+    return following
 
 
 def _check(stats: RowStats, **others: Tensor | None) -> None:
@@ -88,6 +95,8 @@ def _check(stats: RowStats, **others: Tensor | None) -> None:
             continue
         if not torch.is_tensor(tensor):
             raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+        if name == "input_ids" and tensor.dim() == 0:
+            raise ValueError("input_ids must be [..., L], got a 0-d tensor")
         if tuple(tensor.shape) != shape:
             raise ValueError(f"{name} must have the shape of the statistics, {shape}, got {tuple(tensor.shape)}")
         if tensor.device != device:

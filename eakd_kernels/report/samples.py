@@ -38,7 +38,7 @@ class Samples:
         self.found: dict[str, list[Sample]] = {name: [] for name in ORDERS}
 
     def add(self, rows: Rows) -> None:
-        for name in ORDERS:
+        for name in ORDERS if self.keep > 0 else ():
             self._take(name, _different(self._candidates(name, rows), self.keep))
 
     def merge(self, other: "Samples") -> None:
@@ -78,8 +78,6 @@ def _by_weight(rows: Rows, sign: int, last: Sample | None) -> list[int]:
 def _different(samples: Iterable[Sample], most: int) -> list[Sample]:
     """The first `most` whose tokens, in their contexts, differ; of rows without context nobody knows."""
     found, seen = [], set()
-    if most == 0:
-        return found
     for sample in samples:
         passage = (sample.token, sample.context)
         if sample.context and passage in seen:

@@ -65,7 +65,7 @@ def histograms(view: TrainingView, quantity: str) -> Element:
     """Of the rows in each part of the training."""
     i = QUANTITIES.index(quantity)
     far = [part.quantiles(quantity, (1.0 if quantity in ENTROPIES else HISTOGRAM_END,))[0] for part in view.parts]
-    ticks = _value_ticks(view, quantity, [0.0, *(value for value in far if not math.isnan(value))], most=5)
+    ticks = _value_ticks(view, quantity, [0.0, *(value for value in far if not math.isnan(value))])
     heights = [_shares(histogram(part.distributions.counts[i], ticks[-1], BARS)) for part in view.parts]
     y_ticks = round_ticks(0, max(100 * height for part in heights for height in part), most=4)
     relative = [[100 * height / y_ticks[-1] for height in part] for part in heights]
@@ -138,14 +138,14 @@ def _shares_of_part(part: Part, found: dict[str, list[float]], ticks: list[float
     bars = [
         charts.bars(
             [0.0 if math.isnan(share) else 100 * share / ticks[-1] for share in values],
-            MEASURES[name][1],
+            MEASURES[name][2],
             first=0.08 + i * width,
             width=0.9 * width,
         )
         for i, (name, values) in enumerate(found.items())
     ]
     even = charts.HEIGHT * (1 - 100 / TENTHS / ticks[-1])
-    highest = ", ".join(f"{percent(values[-1])} of {MEASURES[name][0]}" for name, values in found.items())
+    highest = ", ".join(f"{percent(values[-1])} of {MEASURES[name][1]}" for name, values in found.items())
     said = f"The tenth with the highest teacher entropy has {highest}."
     drawing = charts.drawing(
         f"Shares by tenth of teacher entropy, {part.steps}. {said}",
@@ -174,13 +174,13 @@ def _shares(counts: Tensor) -> list[float]:
     return (counts / counts.sum().clamp(min=1)).tolist()
 
 
-def _value_ticks(view: TrainingView, quantity: str, values: Sequence[float], most: int = 6) -> list[float]:
+def _value_ticks(view: TrainingView, quantity: str, values: Sequence[float]) -> list[float]:
     """From 0, or below where values are, to beyond them; entropies' up to their bound, so that both share a scale."""
     low, high = min(values, default=0.0), max(values, default=0.0)
     if quantity in ENTROPIES and view.bound is not None:
         high = max(high, view.bound)
     # A divergence that rounding puts below 0 shall not move the axis.
-    return round_ticks(low if low < -0.01 * high else 0.0, high, most=most)
+    return round_ticks(low if low < -0.01 * high else 0.0, high)
 
 
 def _in_words(view: TrainingView, quantity: str, how: str) -> str:

@@ -78,7 +78,7 @@ def _over_training(view: TrainingView, readings: list[dict]) -> Element:
     charts = [figures.over_time(view, *each) for each in zip(QUANTITIES, latest["lines"], strict=True)]
     return _section(
         "Over training",
-        [f"How the rows of a step were spread.{together} Point at a chart, or move the slider below, to read one."],
+        [f"How the rows of a step were spread.{together} Point at a chart or move the slider to read one."],
         _legend(swatches),
         _grid(*charts, kind="time"),
         _card(
@@ -123,8 +123,8 @@ def _shares(view: TrainingView) -> Element:
     measures = figures.measures(view)
     explanation: list[Element | str] = [
         "Rows in ten equal parts by teacher entropy, 1 the lowest, and each part's share of three totals: of the "
-        "divergence D, without weights; of w D, which is the distillation loss; and of the gradient, as the sum of the "
-        "Euclidean norms of what the rows' logits get. ",
+        "divergence D, without weights; of w D, the distillation loss; and of the whole loss's gradient, as the sum of "
+        "the Euclidean norms of what each row's logits get. ",
         "" if view.has_norms else "The last is missing: no gradient_norms were passed. ",
         "Dashed: an even share.",
     ]
@@ -137,7 +137,7 @@ def _shares(view: TrainingView) -> Element:
     return _section(
         "Where loss and gradient fall",
         explanation,
-        _legend({MEASURES[name][1]: MEASURES[name][0] for name in measures}),
+        _legend({MEASURES[name][2]: MEASURES[name][0] for name in measures}),
         _grid(*figures.shares(view)),
         numbers,
     )
@@ -156,7 +156,10 @@ def _samples(view: TrainingView) -> list[Element]:
     what, explanation = "rows", []
     if view.tokens_known:
         what = "tokens"
-        explanation = ["Shaded by weight: what a row predicts, after the tokens before it. Each is here once."]
+        explanation = [
+            "Shaded by weight: what a row predicts, after the tokens before it. Each is here once, however often it "
+            "was trained on."
+        ]
     shown = [_heaviest_and_lightest(view, latest)]
     for part in earlier:
         summary = element("summary", {}, f"The same {part.name.lower()} in training, {part.steps}")

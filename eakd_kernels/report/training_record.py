@@ -18,6 +18,7 @@ from .timeline import Timeline
 
 # At most so many cells, of which at least half are in use once there are as many steps.
 CELLS, PHASES = 128, 16
+_CONVERTED = 2**20  # numbers at a time
 TITLE = "What the student was taught"
 INTRODUCTION = (
     "Entropies of teacher and student, the weights that came of them and the divergence that they weighted, over a "
@@ -181,4 +182,9 @@ def row_gradient_norms(gradient: Tensor) -> Tensor:
             f"gradient must be a floating-point tensor [..., V], got {gradient.dtype} {tuple(gradient.shape)}"
         )
     dtype = torch.float64 if gradient.dtype == torch.float64 else torch.float32
-    return torch.linalg.vector_norm(gradient.detach(), dim=-1, dtype=dtype)
+    gradient = gradient.detach()
+    if gradient.dtype == dtype or gradient.device.type != "cpu" or gradient.numel() <= _CONVERTED:
+        return torch.linalg.vector_norm(gradient, dim=-1, dtype=dtype)
+    # On a CPU vector_norm would convert all of it first.
+    rows = gradient.reshape(-1, gradient.shape[-1]).split(max(1, _CONVERTED // gradient.shape[-1]))
+    return torch.cat([torch.linalg.vector_norm(part, dim=-1, dtype=dtype) for part in rows]).view(gradient.shape[:-1])

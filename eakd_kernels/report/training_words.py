@@ -21,11 +21,11 @@ SYMBOLS = {
     "bound": ("H", "ub"),
 }
 UNKNOWN = "\N{EN DASH}"
-# What is shared out over the tenths, and its class in the style sheet.
+# What is shared out over the tenths: its name on its own, its name in a sentence, and its class in the style sheet.
 MEASURES = {
-    "divergence": ("D", "raw"),
-    "weighted divergence": ("w D", "weighted"),
-    "gradient norm": ("the gradient norm", "norm"),
+    "divergence": ("D", "D", "raw"),
+    "weighted divergence": ("w D", "w D", "weighted"),
+    "gradient norm": ("gradient norm", "the gradient norm", "norm"),
 }
 
 
@@ -44,7 +44,7 @@ def heading(quantity: str) -> Element:
 
 
 def amount(quantity: str, value: float) -> str:
-    return f"{value:.2f}" if quantity.endswith("entropy") and math.isfinite(value) else figure(value)
+    return f"{value:.2f}" if quantity.endswith("entropy") and abs(value) < 1000 else figure(value)
 
 
 def figure(value: float) -> str:
@@ -53,7 +53,7 @@ def figure(value: float) -> str:
         return "NaN" if math.isnan(value) else f"{'-' if value < 0 else ''}∞"
     if value == 0:
         return "0"
-    if abs(value) < 1e-3:
+    if not 1e-3 <= abs(value) < 1e6:
         digits, power = f"{value:.1e}".split("e")
         return f"{digits}e{int(power)}"
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:#.3g}"
