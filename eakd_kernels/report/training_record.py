@@ -34,7 +34,7 @@ class TrainingRecord:
         record.add(stats, input_ids, labels, step=step)  # in every step
         record.save("training.html")
 
-    It holds counts, sums and a few rows: at most 12 MB on the CPU (arithmetic), however long the training; no tensor of
+    It holds counts, sums and a few rows: at most 13 MB on the CPU (arithmetic), however long the training; no tensor of
     size [rows, vocab], no graph, nothing on a GPU. Rows are counted in bins as wide as 1/64 of what is in them, so that
     quantiles are off by at most 1/128 of themselves, for each step up to 128 steps, and beyond that for 2, 4, 8, ...
     consecutive steps at a time.
@@ -169,13 +169,17 @@ class TrainingRecord:
 def row_gradient_norms(gradient: Tensor) -> Tensor:
     """The Euclidean norm of each row of a loss's gradient in the logits: [..., V] -> [...], in fp32 (fp64 for fp64).
 
-    What a row's logits are moved by in a step of plain gradient descent is as long as this, so that it says how much of
-    the training falls on which rows. Two ways to the gradient:
+    How far a step of plain gradient descent would move the row's logits, and so how much of the training falls on the
+    row. For `TrainingRecord.add`, with backward taken apart at the logits:
 
-        (gradient,) = torch.autograd.grad(loss, student_logits)      norms = []
-        norms = row_gradient_norms(gradient)                         student_logits.register_hook(
-        student_logits.backward(gradient)                                lambda g: norms.append(row_gradient_norms(g)))
-                                                                     loss.backward()
+        (gradient,) = torch.autograd.grad(loss, student_logits)
+        record.add(stats, input_ids, labels, step=step, gradient_norms=row_gradient_norms(gradient))
+        student_logits.backward(gradient)
+
+    Nothing of the gradient's size is made.
+
+    Raises:
+        TypeError: the gradient is not as above.
     """
     if not gradient.is_floating_point() or gradient.dim() == 0:
         raise TypeError(
