@@ -1,10 +1,14 @@
 """A teacher for transformers' Trainer."""
 
+import math
+from functools import partial
+
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from ..modules import EAKDLoss
+from ..report import TrainingRecord, row_gradient_norms
 from ..stats import RowStats
 from .hosts import changed, expect, items, load, loss_module
 
@@ -34,8 +38,10 @@ class EAKDTrainerMixin:
         shift_labels: logits at position j predict label j + 1. False: label j, as of classifiers and encoder-decoder
             models; images want other options too. Labels that come shifted, as batch["shift_labels"], are never
             shifted.
-        recorder: for every training step, `recorder.add(stats, input_ids, labels, step=global_step)` is called: see
-            `record`.
+        report: a path, where the training page of eakd_kernels.report is written when training ends, of the rows of
+            all ranks, with the share of the gradient that each tenth of them had.
+        recorder: in its place an object of one's own, of which `add(stats, input_ids, labels, step=global_step)` is
+            called for every micro-batch of training: see `record`.
         everything else: Trainer's.
 
     Raises:
@@ -48,7 +54,7 @@ class EAKDTrainerMixin:
     # Trainer's own rule: `compute_loss` has divided by the micro-batches' number of tokens where Trainer counted them.
     loss_is_scaled_for_ga = None
 
-    def __init__(self, *args, teacher, loss_options=None, shift_labels=True, recorder=None, **kwargs):
+    def __init__(self, *args, teacher, loss_options=None, shift_labels=True, report=None, recorder=None, **kwargs):
         trainer = load("transformers", "transformers").Trainer
         expect(trainer, "compute_loss", EAKDTrainerMixin.compute_loss, "transformers")
         expect(trainer, "get_tp_size", lambda self: None, "transformers")
@@ -59,7 +65,15 @@ class EAKDTrainerMixin:
         self.model_accepts_loss_kwargs = True  # or Trainer would not count tokens
         self._loss_shifts_labels = self.shift_labels = shift_labels  # and it counts those of shifted labels
         self.distillation_loss = loss_module(EAKDLoss, loss_options or {}, _DECIDED).to(self.args.device)
+        if report is not None and recorder is not None:
+            raise ValueError("report and recorder were both given: a report has a recorder of its own")
         self.recorder = recorder
+        if report is not None:
+            from .training_report import SavedReport
+
+            saved = SavedReport(report, self.processing_class, _entropy_bound(teacher, **loss_options or {}))
+            self.recorder = saved.record
+            self.add_callback(saved)
         self.teacher = teacher.eval().requires_grad_(False)
         if getattr(teacher, "hf_device_map", None) is None:
             self._move_model_to_device(teacher, self.args.device)
@@ -82,13 +96,18 @@ class EAKDTrainerMixin:
         )
         if is_recorded:
             loss, stats = loss
-            self.record(stats, inputs, labels)
+            self.record(stats, inputs, labels, outputs.logits)
         return (loss, outputs) if return_outputs else loss
 
-    def record(self, stats: RowStats, inputs: dict, labels: Tensor) -> None:
-        """Called in every training step if there is a recorder. stats: [...] as the logits, detached, 0 in rows left
-        out; labels: as the loss has them, shifted, -100 in rows left out."""
-        self.recorder.add(stats, inputs["input_ids"], labels, step=self.state.global_step)
+    def record(self, stats: RowStats, inputs: dict, labels: Tensor, logits: Tensor) -> None:
+        """Called for every micro-batch of training if there is a recorder. stats: [...] as the logits, detached, 0 in
+        rows left out; labels: as the loss has them, shifted, -100 in rows left out."""
+        rows, step = (stats, inputs.get("input_ids"), labels), self.state.global_step
+        if not isinstance(self.recorder, TrainingRecord):
+            self.recorder.add(*rows, step=step)
+        elif step % self.recorder.every == 0:  # with what backward brings
+            add = partial(self.recorder.add, *rows, step=step)
+            logits.register_hook(lambda gradient: add(gradient_norms=row_gradient_norms(gradient)))
 
     def _labels(self, inputs: dict) -> Tensor:
         if inputs.get("shift_labels") is not None:
@@ -117,3 +136,8 @@ class EAKDTrainerMixin:
                 f"label_smoothing_factor={self.args.label_smoothing_factor} is not supported: leave it at 0, and "
                 "override compute_loss to add such a loss"
             )
+
+
+def _entropy_bound(teacher, *, entropy_bound=None, vocab_size=None, **_) -> float | None:
+    vocab_size = vocab_size or getattr(getattr(teacher, "config", None), "vocab_size", None)
+    return math.log(vocab_size) if entropy_bound is None and vocab_size is not None else entropy_bound

@@ -1,6 +1,7 @@
 """The mixin for transformers' Trainer: gradients of the eager formula, however a step is cut up."""
 
 import os
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -20,7 +21,16 @@ def trainer_of(folder, student, teacher, data, **given):
     """given: arguments of the mixin; all others are TrainingArguments'."""
     from transformers import Trainer, TrainingArguments
 
-    own = ("loss_options", "recorder", "shift_labels", "eval_dataset", "compute_loss_func", "compute_metrics")
+    own = (
+        "loss_options",
+        "recorder",
+        "report",
+        "processing_class",
+        "shift_labels",
+        "eval_dataset",
+        "compute_loss_func",
+        "compute_metrics",
+    )
     settings = {
         **{"per_device_train_batch_size": len(data), "max_steps": 1, "optim": "sgd", "learning_rate": 0.5},
         **{"lr_scheduler_type": "constant", "max_grad_norm": 1e9, "logging_steps": 1, "save_strategy": "no"},
@@ -75,7 +85,7 @@ class Recorder:
         self.calls.append((stats, input_ids, labels, step))
 
 
-def train_share(folder, average, per_device):
+def train_share(folder, average, per_device, report=None):
     """Two steps of SGD over the same 8 rows; parameters, logs, and the rows that this process saw."""
     recorder, rank = Recorder(), dist.get_rank() if dist.is_initialized() else None
     if rank is not None:  # as torchrun sets them
@@ -89,7 +99,7 @@ def train_share(folder, average, per_device):
             max_steps=2,
             average_tokens_across_devices=average,
             loss_options={"ce_weight": CE_WEIGHT},
-            recorder=recorder,
+            **({"recorder": recorder} if report is None else {"report": report}),
         )
         trainer.train()
     finally:
@@ -170,6 +180,50 @@ def test_recorder(tmp_path):
     assert torch.equal(labels, shifted(own["labels"]))
     assert stats.weight.shape == ids.shape == (3, LENGTH) and not stats.weight.requires_grad
     assert not stats.weight[labels == -100].any() and (stats.weight[labels != -100] > 0).all()
+
+
+def rows_of(page):
+    """How many rows a training page says that it is of."""
+    return int(re.search(r"Rows</dt>\s*<dd>([\d,]+)", page).group(1).replace(",", ""))
+
+
+def test_report(tmp_path):
+    """With the share of the gradient that backward brought, and the tokenizer's text."""
+    data, path = rows(6), tmp_path / "new/folder/training.html"
+    words = SimpleNamespace(decode=lambda token: f"word{token}")
+    per_step = {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 2, "max_steps": 2}
+    trainer = trainer_of(tmp_path, qwen2(0), qwen2(1), data, report=path, processing_class=words, **per_step)
+    trainer.train()
+    page = path.read_text()
+    trained_on = 2 * (shifted(batch(data)["labels"]) != -100).sum()
+    assert rows_of(page) == trained_on
+    assert "word" in page and "gradient norm" in page
+    assert sum(phase.norms for phase in trainer.recorder.phases.cells()) == trained_on
+    # of the first step, by the student as it was
+    inputs = batch(data)
+    labels = shifted(inputs.pop("labels"))
+    student, teacher = (qwen2(seed)(**inputs).logits.detach().double() for seed in (0, 1))
+    ea_rows(student.requires_grad_(), teacher, labels).mean().backward()
+    first = trainer.recorder.phases.cells()[0]
+    assert float(first.sums[3].sum()) == pytest.approx(student.grad.norm(dim=-1).sum().item(), rel=1e-4)
+
+
+def test_report_of_all_ranks(tmp_path, world):
+    path = tmp_path / "training.html"
+    world(2).run(train_share, str(tmp_path), True, 2, str(path))
+    assert rows_of(path.read_text()) == 2 * (shifted(batch(rows(8))["labels"]) != -100).sum()
+
+
+def test_report_and_recorder(tmp_path):
+    with pytest.raises(ValueError, match="report and recorder were both given"):
+        trainer_of(tmp_path, qwen2(0), qwen2(1), rows(4), report=tmp_path / "page.html", recorder=Recorder())
+
+
+def test_report_of_nothing(tmp_path, caplog):
+    """Training that had no row still ends well."""
+    data = [row | {"labels": torch.full_like(row["labels"], -100)} for row in rows(4)]
+    trainer_of(tmp_path, qwen2(0), qwen2(1), data, report=tmp_path / "page.html").train()
+    assert "no report is written" in caplog.text and not (tmp_path / "page.html").exists()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
