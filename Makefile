@@ -3,6 +3,7 @@
 #   make demo-digits   EA-KD beside KD on scikit-learn's digits, in a minute
 #   make demo-vision   EA beside plain distillation, six methods on real digits, in minutes
 #   make test   build and run the tests
+#   make exhaustive  the tests that `make test` has a sample of: every seeded bug in the CUDA kernels
 #   make bench  time the loss against eager PyTorch and torch.compile, in two minutes
 #   make plots  README's table and the pictures, from the newest files of benchmarks/results
 #   make docs   the documentation, as a web site in out/docs
@@ -23,7 +24,7 @@ PIP := $(PY) -m pip --disable-pip-version-check --quiet
 CXX_SOURCES := $(wildcard $(foreach folder,csrc csrc/cpu csrc/cuda,$(addprefix $(folder)/*,.h .cpp .cuh .cu)))
 EMULATOR_SOURCES := $(shell find tests/emulator -name '*.h' -o -name '*.cpp')
 
-.PHONY: demo demo-digits demo-vision test emulator smoke sanitize bench plots gpu gpu-check gpu-bench docs lint format clean
+.PHONY: demo demo-digits demo-vision test exhaustive emulator smoke sanitize bench plots gpu gpu-check gpu-bench docs lint format clean
 
 demo: $(VENV)/.installed $(VENV)/.teacher
 	$(PY) examples/distill_lm.py --out out/demo
@@ -35,7 +36,11 @@ demo-vision: $(VENV)/.installed $(VENV)/.digits
 	$(PY) examples/distill_vision.py
 
 test: emulator $(VENV)/.torchdistill
-	$(PY) -m pytest -n $(WORKERS) --dist loadfile
+	$(PY) -m pytest -n $(WORKERS) --dist loadfile -m "not exhaustive"
+
+# For a release, and after a change of the CUDA kernels or of the emulator.
+exhaustive: emulator
+	$(PY) -m pytest -n $(WORKERS) --dist loadfile -m exhaustive
 
 # The CUDA kernels' source for CPU tensors: tests/emulator/libeakd_cuda_emulator.so, which the tests load.
 emulator: $(VENV)/.installed
