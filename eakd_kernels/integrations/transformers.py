@@ -31,11 +31,11 @@ class EAKDTrainerMixin:
         loss_options: those of `ea_kd_loss`, but for ignore_index, mask, num_items, reduction and return_stats. Without
             them: EA weights at entropy_temperature=1.0 with weight_norm="bound", and no cross-entropy. Padded
             vocabularies need vocab_size.
-        shift_labels: logits at position j predict label j + 1. False: label j, as of classifiers and encoder-decoder
-            models; images want other options too. Labels that come shifted, as batch["shift_labels"], are never
-            shifted.
-        recorder: for every training step, `recorder.add(stats, input_ids, labels, step=global_step)` is called: see
-            `record`.
+        shift_labels: logits at position j predict label j + 1. False: label j, as of classifiers, whose images want
+            other options too, and of encoder-decoder models, whose batches then need decoder_input_ids. Labels that
+            come shifted, as batch["shift_labels"], are never shifted.
+        recorder: `recorder.add(stats, input_ids, labels, step=global_step)` is called for every micro-batch of
+            training: see `record`.
         everything else: Trainer's.
 
     Raises:
@@ -86,7 +86,7 @@ class EAKDTrainerMixin:
         return (loss, outputs) if return_outputs else loss
 
     def record(self, stats: RowStats, inputs: dict, labels: Tensor) -> None:
-        """Called in every training step if there is a recorder. stats: [...] as the logits, detached, 0 in rows left
+        """Called for every micro-batch of training if there is a recorder. stats: [...] as the logits, detached, 0 in rows left
         out; labels: as the loss has them, shifted, -100 in rows left out."""
         self.recorder.add(stats, inputs["input_ids"], labels, step=self.state.global_step)
 
