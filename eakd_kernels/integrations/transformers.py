@@ -86,8 +86,10 @@ class EAKDTrainerMixin:
         return (loss, outputs) if return_outputs else loss
 
     def record(self, stats: RowStats, inputs: dict, labels: Tensor) -> None:
-        """Called for every micro-batch of training if there is a recorder. stats: [...] as the logits, detached, 0 in rows left
-        out; labels: as the loss has them, shifted, -100 in rows left out."""
+        """Called for every micro-batch of training if there is a recorder.
+
+        stats: [...] as the logits, detached, 0 in rows left out; labels: shifted, -100 in rows left out.
+        """
         self.recorder.add(stats, inputs["input_ids"], labels, step=self.state.global_step)
 
     def _labels(self, inputs: dict) -> Tensor:
