@@ -35,9 +35,9 @@ class EAKDTrainerMixin:
         loss_options: those of `ea_kd_loss`, but for ignore_index, mask, num_items, reduction and return_stats. Without
             them: EA weights at entropy_temperature=1.0 with weight_norm="bound", and no cross-entropy. Padded
             vocabularies need vocab_size.
-        shift_labels: logits at position j predict label j + 1. False: label j, as of classifiers and encoder-decoder
-            models; images want other options too. Labels that come shifted, as batch["shift_labels"], are never
-            shifted.
+        shift_labels: logits at position j predict label j + 1. False: label j, as of classifiers, whose images want
+            other options too, and of encoder-decoder models, whose batches then need decoder_input_ids. Labels that
+            come shifted, as batch["shift_labels"], are never shifted.
         report: a path, where the training page of eakd_kernels.report is written when training ends, of the rows of
             all ranks, with the share of the gradient that each tenth of them had.
         recorder: in its place an object of one's own, of which `add(stats, input_ids, labels, step=global_step)` is
