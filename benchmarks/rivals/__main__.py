@@ -12,11 +12,12 @@ from ..measure import machine
 from ..progress import Progress
 from ..report import save
 from .cases import cases
-from .entries import entries
+from .entries import COMPILED, entries
 from .measure import measure
 from .table import tables
 
 QUICK_ROUNDS = 2
+HIDDEN_ROUNDS = 3  # at most: one lasts seconds
 
 
 def main() -> None:
@@ -27,17 +28,19 @@ def main() -> None:
     chosen = [case for case in cases(arguments.device, arguments.quick) if arguments.case in str(case)]
     if not chosen:
         raise SystemExit(f'no case contains "{arguments.case}"; there are\n' + "\n".join(map(str, cases())))
-    rows, path, rounds = [], None, QUICK_ROUNDS if arguments.quick else arguments.rounds
-    where = machine(arguments.device) | {"rounds": str(rounds)}
-    progress = Progress(sum(case.family != "errors" for case in chosen) * rounds, arguments.minutes)
+    rows, path, where = [], None, machine(arguments.device)
+    most = QUICK_ROUNDS if arguments.quick else arguments.rounds
+    by_family = {"logits": most, "hidden": min(most, HIDDEN_ROUNDS), "errors": 0}
+    rounds = {case: by_family[case.family] for case in chosen}
+    progress = Progress(sum(rounds.values()), arguments.minutes)
     for case in chosen:
         if not progress.begins(str(case)):
             continue
         entered = entries(case)
         if arguments.quick:  # compiling takes longer than all the rest
-            entered = {entry: provider for entry, provider in entered.items() if entry.provider != "compile"}
+            entered = {entry: provider for entry, provider in entered.items() if entry.provider not in COMPILED}
         try:
-            measured = measure(case, rounds, entered, not arguments.quick, progress.round)
+            measured = measure(case, rounds[case], entered, not arguments.quick, progress.round)
         except torch.OutOfMemoryError:
             print(f"{case}: left out: its inputs do not fit into memory", file=sys.stderr)
             continue

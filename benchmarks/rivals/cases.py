@@ -16,8 +16,8 @@ GPU_SHAPES = (("ImageNet", 1000, 65536), ("Llama 2", 32000, 8192), ("Qwen 2.5", 
 MEMORY_OF = "Llama 2"
 QUICK_SHAPE = ("ImageNet", 1000, 64)
 ERRORS_OF = ("Llama 2", 32000, 32)
-# (vocabulary, rows, hidden size). More rows than Liger's chunk has.
-HIDDEN_SHAPE, GPU_HIDDEN_SHAPE, QUICK_HIDDEN_SHAPE = (32000, 2048, 256), (128256, 4096, 4096), (1000, 64, 32)
+# (vocabulary, rows, hidden size). Two of Liger's chunks on a CPU, where a step takes seconds.
+HIDDEN_SHAPE, GPU_HIDDEN_SHAPE, QUICK_HIDDEN_SHAPE = (16384, 2048, 256), (128256, 4096, 2048), (1000, 64, 32)
 # How far a student is from its teacher: standard deviations of the difference of their logits, in nats.
 APART, NEAR = "apart", "near"
 

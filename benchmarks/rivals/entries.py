@@ -17,6 +17,7 @@ from .formulas import FORMULAS, NAMES, ea_kd, ea_weights, in_fp32
 from .packages import NARROW_TOLERANCES, RIVALS, Loaded, Rival, load, provider_of
 
 ONE_NUMBER = "cannot be weighted: returns one number"
+COMPILED = ("compile", "liger chunked")  # providers that torch.compile is called for
 
 
 class Entry(NamedTuple):

@@ -42,8 +42,8 @@ def times(rows: list[Row]) -> Card | None:
     if not timed:
         return None
     caption = (
-        f"{heading(rows)} Loss and gradient from logits; medians of {rows[0]['rounds']} rounds, interleaved, bands are "
-        "quartiles. Both axes are logarithmic. Dashed: bf16 logits as they are, in the package's own 16-bit "
+        f"{heading(rows)} Loss and gradient from logits; medians of {timed[0]['rounds']} rounds, interleaved, bands "
+        "are quartiles. Both axes are logarithmic. Dashed: bf16 logits as they are, in the package's own 16-bit "
         "arithmetic. Losses of other packages are weighted by entropies that PyTorch makes beside them."
     )
     card = Card(830, 640, "Time of a logit against the vocabulary", caption, LETTER)
@@ -93,8 +93,8 @@ def hidden_time(rows: list[Row]) -> Card | None:
     if not measured:
         return None
     caption = (
-        f"{_of_hidden(measured)}; medians of {rows[0]['rounds']} rounds, interleaved, thin lines are quartiles. eager "
-        "PyTorch and torch.compile make all logits at once."
+        f"{_of_hidden(measured)}; medians of {measured[0]['rounds']} rounds, interleaved, thin lines are quartiles. "
+        "eager PyTorch and torch.compile make all logits at once."
     )
     return _beside("From hidden states: time of a step, ms", caption, measured, "ms", _time)
 

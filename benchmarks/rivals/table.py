@@ -43,12 +43,15 @@ def for_docs(rows: list[Row]) -> str:
 
 
 def _text(rows: list[Row], pictures: dict[str, str]) -> str:
-    texts = [f"{heading(rows)} Medians [quartiles] of {rows[0]['rounds']} rounds."]
+    texts = [heading(rows)]
     for family, title in FAMILIES.items():
         of_family = [row for row in rows if row["family"] == family]
+        if family == "errors":
+            make, medians = of_errors, ""
+        else:
+            make, medians = of_time, f", medians [quartiles] of {of_family[0]['rounds']} rounds" if of_family else ""
         if any(row["gradient_error"] for row in of_family):
-            make = of_errors if family == "errors" else of_time
-            texts += [f"**{title}**", pictures[family], make(of_family)]
+            texts += [f"**{title}**{medians}", pictures[family], make(of_family)]
     return "\n\n".join(filter(None, (*texts, who_is_better(rows), left_out(rows))))
 
 
