@@ -1,21 +1,45 @@
 """The training page of a transformers.Trainer, written when it has trained."""
 
 import logging
+import pickle
 from pathlib import Path
 
 from torch import distributed as dist
 from transformers import TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..report import TrainingRecord
 
+_log = logging.getLogger(__name__)
+
 
 class SavedReport(TrainerCallback):
-    """A record of this rank's rows, and a page of all ranks' when training ends."""
+    """A record of this rank's rows, kept in checkpoints too, and a page of all ranks' when training ends."""
 
     def __init__(self, path, tokenizer, bound: float | None):
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)  # an error after training would come late
         self.record = TrainingRecord(decode=tokenizer if hasattr(tokenizer, "decode") else None, bound=bound)
+
+    def on_save(self, args, state, control, **kwargs):
+        self._in_checkpoint(args, state).write_bytes(pickle.dumps(self.record))
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        """A training that is resumed goes on with its checkpoint's record."""
+        if state.global_step == 0 or self.record.steps.cells():
+            return
+        saved = self._in_checkpoint(args, state)
+        if not saved.exists():
+            _log.warning("the report begins at step %d: %s is not there", state.global_step, saved)
+            return
+        record = pickle.loads(saved.read_bytes())
+        record.decode = self.record.decode
+        # In place: the trainer has it.
+        self.record.__dict__.update(record.__dict__)
+
+    def _in_checkpoint(self, args, state) -> Path:
+        folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+        return folder / f"training_record_{args.process_index}.pickle"
 
     def on_train_end(self, args, state, control, **kwargs):
         record = self._of_all_ranks()
@@ -24,7 +48,7 @@ class SavedReport(TrainerCallback):
         if record.steps.cells():
             record.save(self.path)
         else:
-            logging.getLogger(__name__).warning("no report is written to %s: no row was trained on", self.path)
+            _log.warning("no report is written to %s: no row was trained on", self.path)
 
     def _of_all_ranks(self) -> TrainingRecord | None:
         """On the first rank. A copy there: the record goes on if training does."""

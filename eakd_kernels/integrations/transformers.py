@@ -54,10 +54,18 @@ class EAKDTrainerMixin:
     # Trainer's own rule: `compute_loss` has divided by the micro-batches' number of tokens where Trainer counted them.
     loss_is_scaled_for_ga = None
 
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        in_front = cls.__mro__[: cls.__mro__.index(EAKDTrainerMixin)]
+        if any(hasattr(base, "compute_loss") and not issubclass(base, EAKDTrainerMixin) for base in in_front):
+            raise TypeError(f"the bases of {cls.__name__} must have EAKDTrainerMixin in front of the trainer")
+
     def __init__(self, *args, teacher, loss_options=None, shift_labels=True, report=None, recorder=None, **kwargs):
         trainer = load("transformers", "transformers").Trainer
         expect(trainer, "compute_loss", EAKDTrainerMixin.compute_loss, "transformers")
         expect(trainer, "get_tp_size", lambda self: None, "transformers")
+        if not isinstance(teacher, torch.nn.Module):
+            raise TypeError(f"teacher must be a model, got {type(teacher).__name__}; load it with from_pretrained")
         super().__init__(*args, **kwargs)
         self._refuse_what_would_be_ignored()
         if not hasattr(self, "_loss_shifts_labels"):

@@ -6,6 +6,7 @@ divide by.
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -19,14 +20,18 @@ _LOGITS_ARE_THE_HOSTS = ("student_logit_scale", "teacher_logit_scale", "student_
 
 
 class Patch(AbstractContextManager):
-    """owner.name replaced, from now on until `undo()` or the end of a with-block."""
+    """owner.name replaced, from now on until `undo()` or the end of a with-block. A second patch takes the first one's
+    place, and either's `undo` brings back TRL's own."""
+
+    _originals: ClassVar[dict] = {}
 
     def __init__(self, owner, name: str, replacement):
-        self._owner, self._name, self._original = owner, name, vars(owner)[name]
+        self._owner, self._name = owner, name
+        self._originals.setdefault((owner, name), vars(owner)[name])
         setattr(owner, name, replacement)
 
     def undo(self) -> None:
-        setattr(self._owner, self._name, self._original)
+        setattr(self._owner, self._name, self._originals[self._owner, self._name])
 
     def __exit__(self, *_) -> None:
         self.undo()

@@ -1,50 +1,17 @@
 """The mixin for transformers' Trainer: gradients of the eager formula, however a step is cut up."""
 
-import os
-import re
 from types import SimpleNamespace
 
 import pytest
 import torch
 from host_models import LENGTH, VOCAB, batch, ea_rows, qwen2, rows, shifted
-from torch import distributed as dist
 from torch import nn
 
 from eakd_kernels import ea_kd_loss
 from eakd_kernels.integrations.transformers import EAKDTrainerMixin
 
 pytest.importorskip("transformers", reason="transformers is not installed: pip install '.[hosts]'")
-CE_WEIGHT = 0.1
-
-
-def trainer_of(folder, student, teacher, data, **given):
-    """given: arguments of the mixin; all others are TrainingArguments'."""
-    from transformers import Trainer, TrainingArguments
-
-    own = (
-        "loss_options",
-        "recorder",
-        "report",
-        "processing_class",
-        "shift_labels",
-        "eval_dataset",
-        "compute_loss_func",
-        "compute_metrics",
-    )
-    settings = {
-        **{"per_device_train_batch_size": len(data), "max_steps": 1, "optim": "sgd", "learning_rate": 0.5},
-        **{"lr_scheduler_type": "constant", "max_grad_norm": 1e9, "logging_steps": 1, "save_strategy": "no"},
-        **{"report_to": [], "disable_tqdm": True, "use_cpu": True, "dataloader_pin_memory": False},
-        **{name: value for name, value in given.items() if name not in own},
-    }
-    kind = type("DistillationTrainer", (EAKDTrainerMixin, Trainer), {})
-    return kind(
-        student,
-        TrainingArguments(str(folder), **settings),
-        train_dataset=data,
-        teacher=teacher,
-        **{name: value for name, value in given.items() if name in own},
-    )
+from trainers import CE_WEIGHT, Recorder, logged, train_share, trainer_of
 
 
 def formula(student, teacher, data, ce_weight=CE_WEIGHT):
@@ -56,10 +23,6 @@ def formula(student, teacher, data, ce_weight=CE_WEIGHT):
     loss = ea_rows(student(**inputs).logits, teacher_logits, labels, ce_weight).mean()
     gradients = torch.autograd.grad(loss, list(student.parameters()))
     return loss.item(), torch.stack([g.norm() for g in gradients]).norm().item()
-
-
-def logged(trainer, name):
-    return [entry[name] for entry in trainer.state.log_history if name in entry]
 
 
 @pytest.mark.parametrize("accumulation", [1, 2, 4, 8])
@@ -75,43 +38,6 @@ def test_gradient_does_not_depend_on_accumulation(accumulation, tmp_path):
     trainer.train()
     assert logged(trainer, "loss") == pytest.approx([loss], rel=1e-5)
     assert logged(trainer, "grad_norm") == pytest.approx([norm], rel=1e-5)
-
-
-class Recorder:
-    def __init__(self):
-        self.calls = []
-
-    def add(self, stats, input_ids, labels, *, step):
-        self.calls.append((stats, input_ids, labels, step))
-
-
-def train_share(folder, average, per_device, report=None):
-    """Two steps of SGD over the same 8 rows; parameters, logs, and the rows that this process saw."""
-    recorder, rank = Recorder(), dist.get_rank() if dist.is_initialized() else None
-    if rank is not None:  # as torchrun sets them
-        ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "OMP_NUM_THREADS": 1}
-        os.environ.update({name: str(value) for name, value in ranks.items()})
-    try:
-        trainer = trainer_of(
-            *(f"{folder}/{rank}", qwen2(0), qwen2(1), rows(8)),
-            per_device_train_batch_size=per_device,
-            gradient_accumulation_steps=2,
-            max_steps=2,
-            average_tokens_across_devices=average,
-            loss_options={"ce_weight": CE_WEIGHT},
-            **({"recorder": recorder} if report is None else {"report": report}),
-        )
-        trainer.train()
-    finally:
-        if rank is not None:
-            from accelerate.state import AcceleratorState
-
-            AcceleratorState._reset_state(reset_partial_state=True)
-            for name in ranks:
-                del os.environ[name]
-    parameters = [p.detach().clone() for p in trainer.accelerator.unwrap_model(trainer.model).parameters()]
-    seen = [(ids, step) for _, ids, _, step in recorder.calls]
-    return parameters, logged(trainer, "loss"), logged(trainer, "grad_norm"), seen
 
 
 def test_two_processes_train_as_one(tmp_path, world):
@@ -182,48 +108,18 @@ def test_recorder(tmp_path):
     assert not stats.weight[labels == -100].any() and (stats.weight[labels != -100] > 0).all()
 
 
-def rows_of(page):
-    """How many rows a training page says that it is of."""
-    return int(re.search(r"Rows</dt>\s*<dd>([\d,]+)", page).group(1).replace(",", ""))
+def test_what_is_no_teacher(tmp_path):
+    with pytest.raises(TypeError, match="teacher must be a model, got str"):
+        trainer_of(tmp_path, qwen2(0), "gpt2", rows(4))
 
 
-def test_report(tmp_path):
-    """With the share of the gradient that backward brought, and the tokenizer's text."""
-    data, path = rows(6), tmp_path / "new/folder/training.html"
-    words = SimpleNamespace(decode=lambda token: f"word{token}")
-    per_step = {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 2, "max_steps": 2}
-    trainer = trainer_of(tmp_path, qwen2(0), qwen2(1), data, report=path, processing_class=words, **per_step)
-    trainer.train()
-    page = path.read_text()
-    trained_on = 2 * (shifted(batch(data)["labels"]) != -100).sum()
-    assert rows_of(page) == trained_on
-    assert "word" in page and "gradient norm" in page
-    assert sum(phase.norms for phase in trainer.recorder.phases.cells()) == trained_on
-    # of the first step, by the student as it was
-    inputs = batch(data)
-    labels = shifted(inputs.pop("labels"))
-    student, teacher = (qwen2(seed)(**inputs).logits.detach().double() for seed in (0, 1))
-    ea_rows(student.requires_grad_(), teacher, labels).mean().backward()
-    first = trainer.recorder.phases.cells()[0]
-    assert float(first.sums[3].sum()) == pytest.approx(student.grad.norm(dim=-1).sum().item(), rel=1e-4)
+def test_order_of_bases():
+    from transformers import Trainer
 
-
-def test_report_of_all_ranks(tmp_path, world):
-    path = tmp_path / "training.html"
-    world(2).run(train_share, str(tmp_path), True, 2, str(path))
-    assert rows_of(path.read_text()) == 2 * (shifted(batch(rows(8))["labels"]) != -100).sum()
-
-
-def test_report_and_recorder(tmp_path):
-    with pytest.raises(ValueError, match="report and recorder were both given"):
-        trainer_of(tmp_path, qwen2(0), qwen2(1), rows(4), report=tmp_path / "page.html", recorder=Recorder())
-
-
-def test_report_of_nothing(tmp_path, caplog):
-    """Training that had no row still ends well."""
-    data = [row | {"labels": torch.full_like(row["labels"], -100)} for row in rows(4)]
-    trainer_of(tmp_path, qwen2(0), qwen2(1), data, report=tmp_path / "page.html").train()
-    assert "no report is written" in caplog.text and not (tmp_path / "page.html").exists()
+    with pytest.raises(TypeError, match="must have EAKDTrainerMixin in front"):
+        type("Reversed", (Trainer, EAKDTrainerMixin), {})
+    own = type("Own", (EAKDTrainerMixin,), {})
+    type("Derived", (own, Trainer), {})
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)

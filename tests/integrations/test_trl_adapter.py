@@ -134,6 +134,16 @@ def test_gold_takes_other_arguments():
         hosts.expect(gold.GOLDTrainer, "generalized_jsd_loss", adapter.gkd_loss(), "trl")
 
 
+def test_a_second_patch_takes_the_place_of_the_first():
+    trainer = gkd_trainer()
+    original = vars(trainer)["generalized_jsd_loss"]
+    first, second = adapter.patch_gkd(), adapter.patch_gkd(ce_weight=0.1)
+    second.undo()
+    assert vars(trainer)["generalized_jsd_loss"] is original
+    first.undo()
+    assert vars(trainer)["generalized_jsd_loss"] is original
+
+
 def test_patch_and_undo():
     trainer = gkd_trainer()
     before = vars(trainer)["generalized_jsd_loss"]
