@@ -1,6 +1,7 @@
 """The training page of a transformers.Trainer, written when it has trained."""
 
 import logging
+import os
 import pickle
 from pathlib import Path
 
@@ -16,10 +17,12 @@ _log = logging.getLogger(__name__)
 class SavedReport(TrainerCallback):
     """A record of this rank's rows, kept in checkpoints too, and a page of all ranks' when training ends."""
 
-    def __init__(self, path, tokenizer, bound: float | None):
+    def __init__(self, path, tokenizer):
+        if not isinstance(path, str | os.PathLike) or Path(path).is_dir():
+            raise ValueError(f"report must be the path of the page to write, such as 'training.html', got {path!r}")
         self.path = Path(path)
-        self.path.parent.mkdir(parents=True, exist_ok=True)  # an error after training would come late
-        self.record = TrainingRecord(decode=tokenizer if hasattr(tokenizer, "decode") else None, bound=bound)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.record = TrainingRecord(decode=tokenizer if hasattr(tokenizer, "decode") else None)
 
     def on_save(self, args, state, control, **kwargs):
         self._in_checkpoint(args, state).write_bytes(pickle.dumps(self.record))
@@ -45,10 +48,13 @@ class SavedReport(TrainerCallback):
         record = self._of_all_ranks()
         if not state.is_world_process_zero:
             return
-        if record.steps.cells():
-            record.save(self.path)
-        else:
+        if not record.steps.cells():
             _log.warning("no report is written to %s: no row was trained on", self.path)
+            return
+        try:
+            record.save(self.path)
+        except Exception:  # a page that cannot be written must not cost the training
+            _log.exception("the report was not written to %s", self.path)
 
     def _of_all_ranks(self) -> TrainingRecord | None:
         """On the first rank. A copy there: the record goes on if training does."""

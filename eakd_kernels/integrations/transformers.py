@@ -75,11 +75,12 @@ class EAKDTrainerMixin:
         self.distillation_loss = loss_module(EAKDLoss, loss_options or {}, _DECIDED).to(self.args.device)
         if report is not None and recorder is not None:
             raise ValueError("report and recorder were both given: a report has a recorder of its own")
-        self.recorder = recorder
+        self._loss_options = loss_options or {}
+        self.recorder, self._finds_bound = recorder, report is not None
         if report is not None:
             from .training_report import SavedReport
 
-            saved = SavedReport(report, self.processing_class, _entropy_bound(teacher, **loss_options or {}))
+            saved = SavedReport(report, self.processing_class if shift_labels else None)
             self.recorder = saved.record
             self.add_callback(saved)
         self.teacher = teacher.eval().requires_grad_(False)
@@ -110,12 +111,28 @@ class EAKDTrainerMixin:
     def record(self, stats: RowStats, inputs: dict, labels: Tensor, logits: Tensor) -> None:
         """Called for every micro-batch of training if there is a recorder. stats: [...] as the logits, detached, 0 in
         rows left out; labels: as the loss has them, shifted, -100 in rows left out."""
-        rows, step = (stats, inputs.get("input_ids"), labels), self.state.global_step
-        if not isinstance(self.recorder, TrainingRecord):
-            self.recorder.add(*rows, step=step)
-        elif step % self.recorder.every == 0:  # with what backward brings
-            add = partial(self.recorder.add, *rows, step=step)
-            logits.register_hook(lambda gradient: add(gradient_norms=row_gradient_norms(gradient)))
+        if self._finds_bound:
+            self.recorder.bound, self._finds_bound = self._entropy_bound(logits.shape[-1]), False
+        # Contexts are for tokens that follow each other: not for classes, and not those of an encoder.
+        ids = inputs.get("input_ids") if self.shift_labels or "shift_labels" in inputs else None
+        add = partial(self.recorder.add, stats, ids, labels, step=self.state.global_step)
+        if isinstance(self.recorder, TrainingRecord) and logits.requires_grad:
+            self._add_with_gradient(add, logits)
+        else:
+            add()
+
+    def _entropy_bound(self, width: int) -> float | None:
+        options = self._loss_options
+        bound = options.get("entropy_bound")
+        return (math.log(options.get("vocab_size") or width) if bound is None else bound) or None
+
+    def _add_with_gradient(self, add, logits: Tensor) -> None:
+        def once(gradient):
+            hook.remove()
+            scaler = self.accelerator.scaler  # of fp16
+            add(gradient_norms=row_gradient_norms(gradient) / (1.0 if scaler is None else scaler.get_scale()))
+
+        hook = logits.register_hook(once)
 
     def _labels(self, inputs: dict) -> Tensor:
         if inputs.get("shift_labels") is not None:
@@ -144,8 +161,3 @@ class EAKDTrainerMixin:
                 f"label_smoothing_factor={self.args.label_smoothing_factor} is not supported: leave it at 0, and "
                 "override compute_loss to add such a loss"
             )
-
-
-def _entropy_bound(teacher, *, entropy_bound=None, vocab_size=None, **_) -> float | None:
-    vocab_size = vocab_size or getattr(getattr(teacher, "config", None), "vocab_size", None)
-    return math.log(vocab_size) if entropy_bound is None and vocab_size is not None else entropy_bound

@@ -157,7 +157,7 @@ def distillation_loss(**options) -> Callable[..., tuple[Tensor, Tensor, Tensor]]
             mask=kept,
             divergence=generalized_jsd(beta),
             temperature=temperature,
-            num_items=num_items_in_batch,
+            num_items=items(num_items_in_batch),
             student_logit_scale=student_logit_scale,
             teacher_logit_scale=teacher_logit_scale,
             student_softcap=student_final_logit_softcapping,

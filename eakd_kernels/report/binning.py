@@ -59,7 +59,7 @@ def histogram(counts: Tensor, end: float, parts: int) -> Tensor:
 
 def shares_by_quantile(counts: Tensor, sums: Tensor, parts: int) -> Tensor:
     """[..., parts]: which part of each total falls on so many equal parts of the values, smallest first. A bin that
-    parts share is shared out by count. NaN where a total is 0.
+    parts share is shared out by count. NaN where a total is 0, or what is left of sums of both signs.
 
     counts: [FINITE] fp64, sums: [..., FINITE] fp64, of the same values.
     """
@@ -67,7 +67,8 @@ def shares_by_quantile(counts: Tensor, sums: Tensor, parts: int) -> Tensor:
     bounds = torch.linspace(0, 1, parts + 1, dtype=torch.float64, device="cpu") * cumulative[-1]
     rows = [_interpolate(bounds, cumulative, _cumulative(row)) for row in sums.flatten(0, -2)]
     below = torch.stack(rows).view(*sums.shape[:-1], parts + 1)
-    return below.diff() / sums.sum(-1, keepdim=True)
+    totals = sums.sum(-1, keepdim=True)
+    return (below.diff() / totals).masked_fill(totals <= 1e-3 * sums.abs().sum(-1, keepdim=True), torch.nan)
 
 
 def _cumulative(amounts: Tensor) -> Tensor:

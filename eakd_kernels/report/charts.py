@@ -19,7 +19,7 @@ def round_ticks(low: float, high: float, *, most: int = 6, whole: bool = False) 
             continue
         first, last = math.floor(low / distance), max(math.ceil(high / distance), math.floor(low / distance) + 1)
         if last - first <= most and (best is None or (last - first) * distance < best[0]):
-            best = (last - first) * distance, [round(i * distance, 12) for i in range(first, last + 1)]
+            best = (last - first) * distance, [float(f"{i * distance:.12g}") for i in range(first, last + 1)]
     return best[1]
 
 

@@ -93,7 +93,11 @@ def _passage(view: TrainingView, sample: Sample) -> list[Element]:
 
 
 def _text(view: TrainingView, token: int) -> str:
-    return f" #{token}" if view.decode is None else str(view.decode(token))
+    """Ids that the tokenizer does not know, such as those that stand for images, as numbers."""
+    try:
+        return f" #{token}" if view.decode is None else str(view.decode(token))
+    except Exception:
+        return f" #{token}"
 
 
 def _head(columns: Sequence[Element | str]) -> Element:

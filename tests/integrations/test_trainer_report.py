@@ -68,3 +68,49 @@ def test_report_of_nothing(tmp_path, caplog):
     data = [row | {"labels": torch.full_like(row["labels"], -100)} for row in rows(4)]
     trainer_of(tmp_path, qwen2(0), qwen2(1), data, report=tmp_path / "page.html").train()
     assert "no report is written" in caplog.text and not (tmp_path / "page.html").exists()
+
+
+def test_report_of_a_classifier(tmp_path):
+    """Its ids are in another shape than its rows, and its bound is that of the classes."""
+    transformers = pytest.importorskip("transformers")
+
+    def classifier(seed):
+        torch.manual_seed(seed)
+        sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+        return transformers.BertForSequenceClassification(transformers.BertConfig(vocab_size=96, num_labels=4, **sizes))
+
+    data = [{"input_ids": row["input_ids"], "labels": torch.tensor(i % 4)} for i, row in enumerate(rows(8))]
+    given = {"report": tmp_path / "page.html", "shift_labels": False, "processing_class": SimpleNamespace(decode=str)}
+    trainer = trainer_of(tmp_path, classifier(0), classifier(1), data, **given)
+    trainer.train()
+    assert rows_of(given["report"].read_text()) == 8
+    assert trainer.recorder.bound == pytest.approx(torch.tensor(4.0).log().item())
+
+
+def test_every_row_counts_once(tmp_path):
+    """However often gradients flow through the logits, or not at all."""
+    data = rows(4)
+    count = int((shifted(batch(data)["labels"]) != -100).sum())
+    student = qwen2(0)
+    trainer = trainer_of(tmp_path, student, qwen2(1), data, report=tmp_path / "page.html")
+    loss = trainer.compute_loss(student.train(), batch(data))
+    loss.backward(retain_graph=True)
+    loss.backward()
+    with torch.no_grad():
+        trainer.compute_loss(student, batch(data))
+    phases = trainer.recorder.phases.cells()
+    assert sum(int(phase.sums[0].sum()) for phase in phases) == 2 * count
+    assert sum(phase.norms for phase in phases) == count
+
+
+def test_a_page_that_fails_does_not_cost_the_training(tmp_path, monkeypatch, caplog):
+    trainer = trainer_of(tmp_path, qwen2(0), qwen2(1), rows(4), report=tmp_path / "page.html")
+    monkeypatch.setattr(type(trainer.recorder), "save", lambda *arguments: 1 / 0)
+    trainer.train()
+    assert "the report was not written" in caplog.text
+
+
+@pytest.mark.parametrize("path", [True, "."])
+def test_what_is_no_path(tmp_path, path):
+    with pytest.raises(ValueError, match="report must be the path"):
+        trainer_of(tmp_path, qwen2(0), qwen2(1), rows(4), report=path)

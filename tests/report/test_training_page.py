@@ -259,3 +259,29 @@ def test_figures(value, text):
 )
 def test_percent(share, text):
     assert percent(share) == text
+
+
+# Strange numbers
+
+
+@pytest.mark.parametrize(
+    "entropies, divergences",
+    [
+        ((3e-15, 2e-14), (4e-15, 1e-14)),
+        ((1.0, 2.0), (1e-8, -1e-8)),
+        ((1e30, 2e30), (3e37, 1e37)),
+        ((0.0, 0.0), (0.0, 0.0)),
+    ],
+)
+def test_any_size_of_number_has_a_page(entropies, divergences):
+    record = TrainingRecord()
+    fields = {"teacher_entropy": entropies, "student_entropy": entropies, "divergence": divergences}
+    record.add(stats_of(**{name: list(values) for name, values in fields.items()}, weight=[1.0, 1.0]), step=0)
+    assert "Infinity" not in record.render()
+
+
+@pytest.mark.parametrize("decode", [{}.__getitem__, lambda token: 1 / 0], ids=["KeyError", "ZeroDivisionError"])
+def test_ids_that_are_not_known_are_numbers(decode):
+    record = TrainingRecord(decode=decode)
+    record.add(random_stats(1, 4, seed=0), torch.tensor([[5, -200, 6, 7]]), torch.tensor([[-100, 6, 7, 8]]), step=0)
+    assert "#-200" in record.render() and "#8" in record.render()
