@@ -9,7 +9,7 @@ from html.parser import HTMLParser
 import pytest
 import torch
 from token_pages import HOSTILE, data_in, json_in
-from training_records import BOUND, cells_of, random_batch, random_stats, record_of, stats_of
+from training_records import cells_of, hostile_record, odd_records, random_batch, random_stats, record_of, stats_of
 
 from eakd_kernels.report import TrainingRecord
 from eakd_kernels.report.charts import round_ticks
@@ -39,17 +39,6 @@ class Page(HTMLParser):
     def handle_data(self, data):
         if not self._silent:
             self.text.append(data)
-
-
-def hostile_record(decode=lambda token: HOSTILE[token % len(HOSTILE)]):
-    """Every token is among the heaviest and the lightest, and among those before them."""
-    record = TrainingRecord(decode=decode, bound=BOUND, keep=len(HOSTILE))
-    for step in range(30):
-        stats = random_stats(1, len(HOSTILE), seed=step)
-        stats.divergence[0, step % len(HOSTILE)] = math.inf
-        ids = torch.arange(len(HOSTILE))[None]
-        record.add(stats, ids, ids.roll(-1), step=step, gradient_norms=stats.weight)
-    return record
 
 
 # Safety
@@ -100,7 +89,7 @@ def test_markup():
         ("\n\t", "↵⇥", "↵⇥"),
         ("", "∅", ""),
         ("\x00\x7f\x85", "␀␡U+0085", "␀␡U+0085"),
-        ("\u202e", "U+202E", "\u202e"),
+        ("\u202e\u200d", "U+202EU+200D", "U+202E\u200d"),
         ("\u2028\ud800", "U+2028U+D800", "U+2028U+D800"),
         ("\u00a0é", "U+00A0é", "\u00a0é"),
     ],
@@ -257,18 +246,6 @@ def test_squares_are_where_the_entropies_are():
     ((left, top, *_),) = paths(record.render(), "square")[1]
     side = 1000 / 64  # H_S is below 4, which 64 cells reach to
     assert (left, top) == pytest.approx((16 * side, 1000 - 49 * side), abs=0.06)
-
-
-def odd_records():
-    everything_odd = TrainingRecord(bound=BOUND)
-    everything_odd.add(stats_of(*([math.nan, math.inf] for _ in range(4))), torch.tensor([1, 2]), step=4)
-    off_scale = TrainingRecord()
-    off_scale.add(stats_of([0.0, 1e30], [0.0, 1e30], [-1.0, 1e9], [-1e-8, 1e20]), step=10**9)
-    nothing = TrainingRecord(bound=0.5)
-    nothing.add(stats_of([0.0], [0.0], [0.0], [0.0]), step=0, gradient_norms=torch.zeros(1))
-    images = TrainingRecord(decode=["cat", "dog"].__getitem__)
-    images.add(random_stats(8), labels=torch.tensor([0, 1] * 4), step=1)
-    return {"everything odd": everything_odd, "off the scale": off_scale, "zeros": nothing, "images": images}
 
 
 @pytest.mark.parametrize("name", odd_records())
