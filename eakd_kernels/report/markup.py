@@ -32,10 +32,11 @@ def visible(text: str) -> str:
 
 def inline(text: str) -> str:
     """A token among others: on one line, and what no page can hold, or would change other tokens, as a sign."""
-    return "".join(
-        _sign(c) if unicodedata.category(c) in _BREAKING or unicodedata.bidirectional(c) in _TURNING else c
-        for c in text
-    )
+    return "".join(_sign(c) if _is_signed_inline(c) else c for c in text)
+
+
+def _is_signed_inline(c: str) -> bool:
+    return unicodedata.category(c) in _BREAKING or unicodedata.bidirectional(c) in _TURNING
 
 
 def _sign(character: str) -> str:
