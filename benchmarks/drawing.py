@@ -61,8 +61,9 @@ STYLE = {
 class Card:
     """A figure with a title above and a caption below. Places are in CSS pixels from the upper left corner."""
 
-    def __init__(self, width: int, height: int, title: str, caption: str):
-        lines = textwrap.wrap(caption, width // 6)
+    def __init__(self, width: int, height: int, title: str, caption: str, letter: float = 6):
+        """`letter`: pixels of one in the caption, as lines are broken."""
+        lines = textwrap.wrap(caption, int(width / letter))
         self.width, self.height = width, height + 15 * len(lines) + MARGIN
         self.figure = Figure(figsize=(self.width / 96, self.height / 96), facecolor="none")
         self.text(MARGIN, 32, title, fontweight="bold", fontsize=12)
@@ -98,7 +99,12 @@ def for_every_page(svg: str, width: float, height: float) -> str:
 
 
 def name_of(row: Row) -> str:
-    return f"{row['provider']}, {row['model']} {row['vocab_size']}x{row['rows']} {row['dtype']}"
+    return f"{row['provider']}, {row['model']} {row['vocab_size']}x{row['rows']} {row['dtype']}{weights_of(row)}"
+
+
+def weights_of(row: Row) -> str:
+    """Where rows of the same provider differ in them."""
+    return f" {row['weights']}" if "weights" in row else ""
 
 
 def number(value: str) -> str:

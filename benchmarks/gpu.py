@@ -1,10 +1,11 @@
-"""What a person with a GPU runs, with or without make: python3 benchmarks/gpu.py check|bench [--results FOLDER]
+"""What a person with a GPU runs, with or without make: python3 benchmarks/gpu.py check|bench|rivals [--results FOLDER]
 
-check   builds, runs every test marked gpu, and a few of them under compute-sanitizer where the machine allows it
-bench   times the GPU cases; the short table and the goals come last
+check    builds, runs every test marked gpu, and a few of them under compute-sanitizer where the machine allows it
+bench    times the GPU cases; the short table and the goals come last
+rivals   the losses of other packages beside ours: those that are installed
 
 Uses the running Python and what is installed there, no network. Each takes at most eight minutes. check leaves a log
-and the tests' XML in the folder, bench a CSV file.
+and the tests' XML in the folder, bench a CSV file, and rivals one in its folder rivals.
 """
 
 import argparse
@@ -180,21 +181,30 @@ def refusal(status: int, output: str) -> str:
 
 
 def bench(results: Path) -> int:
+    return timed("benchmarks", results)
+
+
+def rivals(results: Path) -> int:
+    return timed("benchmarks.rivals", results / "rivals")
+
+
+def timed(module: str, results: Path) -> int:
     limit = ["timeout", "--kill-after=10", str(60 * MINUTES)]
-    command = [sys.executable, "-m", "benchmarks", "--device", "cuda", "--minutes", str(MINUTES - 1.5)]
+    command = [sys.executable, "-m", module, "--device", "cuda", "--minutes", str(MINUTES - 1.5)]
     status = subprocess.run([*limit, *command, "--out", str(results)], cwd=ROOT).returncode
     if status:
-        print(f"bench: FAILED: {'out of time' if status == 124 else f'status {status}'}")
+        print(f"{module}: FAILED: {'out of time' if status == 124 else f'status {status}'}")
     return 1 if status else 0
 
 
-COMMANDS = {"check": (check, ROOT / "out" / "gpu"), "bench": (bench, ROOT / "benchmarks" / "results")}
+RESULTS = ROOT / "benchmarks" / "results"
+COMMANDS = {"check": (check, ROOT / "out" / "gpu"), "bench": (bench, RESULTS), "rivals": (rivals, RESULTS)}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=COMMANDS)
-    parser.add_argument("--results", type=Path, help="default: out/gpu for check, benchmarks/results for bench")
+    parser.add_argument("--results", type=Path, help="default: out/gpu for check, benchmarks/results for the others")
     arguments = parser.parse_args()
     if reason := why_no_gpu():
         raise SystemExit(reason)

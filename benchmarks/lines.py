@@ -1,12 +1,12 @@
 """Pictures made of lines: time against the vocabulary, memory against rows."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Container
 
 from matplotlib.axes import Axes
 
 from .cases import DTYPES
-from .drawing import MARGIN, MUTED, PROVIDERS, Card
+from .drawing import MARGIN, MUTED, PROVIDERS, Card, weights_of
 from .report import Row, heading, usual
 
 TIMED = PROVIDERS | {"copy": ("copy of the logits", MUTED)}
@@ -91,6 +91,7 @@ def draw(
     x_column: str,
     column: str,
     unit: Callable[[Row], float],
+    dashed: Container[str] = ("copy",),
 ) -> list[tuple[float, str, str]]:
     """A line and a band of quartiles for each provider. Returns where lines end, and their labels and colours."""
     ends = []
@@ -101,8 +102,8 @@ def draw(
         x = [int(row[x_column]) for row in line]
         y = [float(row[column]) * unit(row) for row in line]
         solid = {"linewidth": 1.8, "marker": "o", "markersize": 4.5, "clip_on": False}
-        (drawn,) = axes.plot(x, y, color=color, **({"linewidth": 1, "linestyle": DASHES} if name == "copy" else solid))
-        name_of_line = f"{name}, {line[0]['dtype']}: {column}"
+        (drawn,) = axes.plot(x, y, color=color, **({"linewidth": 1, "linestyle": DASHES} if name in dashed else solid))
+        name_of_line = f"{name}, {line[0]['dtype']}{weights_of(line[0])}: {column}"
         drawn.set_gid(name_of_line)
         if line[0].get(f"{column}_q1"):
             q1, q3 = ([float(row[f"{column}_{q}"]) * unit(row) for row in line] for q in ("q1", "q3"))

@@ -13,11 +13,11 @@ import eakd_kernels
 
 from . import timing
 from .cases import Case, Inputs
-from .check import Check, Provider, check, in_a_line, run
+from .check import Check, Provider, check, forget, in_a_line, run
 from .memory import Memory, memory_on_cpu, memory_on_gpu
 from .providers import providers
 from .report import BASELINES, Row
-from .rivals import version_of
+from .rivals.packages import version_of
 
 
 def machine(device: str) -> dict[str, str]:
@@ -59,8 +59,8 @@ def measure(
     calls["copy"] = partial(torch.empty_like(student).copy_, student)
     sample = timing.sampler(case.clock, case.device)
     # Repetitions inside a sample free each other's gradient on the clock; what an earlier sample left is freed here.
-    samples = timing.interleaved(calls, rounds, sample, partial(setattr, inputs.student, "grad", None), after_round)
-    inputs.student.grad = None
+    samples = timing.interleaved(calls, rounds, sample, partial(forget, inputs), after_round)
+    forget(inputs)
 
     described = {field: str(value) for field, value in vars(case).items()} | {"clock": case.clock}
     rows = []
@@ -69,7 +69,7 @@ def measure(
         if name in samples:
             row |= _times(name, samples) | _bandwidth(case, name, samples, student.nbytes)
         if name in timed:
-            row |= _properties(timed[name], checks[name])
+            row |= properties(timed[name], checks[name])
             if case.device == "cuda":
                 row |= memory_columns(memory_on_gpu(timed[name].loss, inputs))
             elif memory:
@@ -86,7 +86,7 @@ COLUMNS += ["gb_per_s", "percent_of_copy", "percent_at_5_streams", "peak_memory"
 COLUMNS += ["formula", "version", "loss_error", "gradient_error", "left_out"]
 
 
-def admit(case: Case, name: str, provider: Provider | str, inputs: Inputs) -> Check | str:
+def admit(case: Case, name: str, provider: Provider | str, inputs: Inputs, check: Callable = check) -> Check | str:
     """The provider's check, or why it is not timed."""
     if isinstance(provider, str):
         return provider
@@ -109,10 +109,10 @@ def admit(case: Case, name: str, provider: Provider | str, inputs: Inputs) -> Ch
 
 
 def _times(name: str, samples: dict[str, list[float]]) -> Row:
-    columns = _spread("ms", timing.spread(samples[name]))
+    columns = spread_columns("ms", timing.spread(samples[name]))
     for column, baseline in BASELINES.items():
         if name not in (baseline, "copy") and baseline in samples:
-            columns |= _spread(column, timing.ratios(samples[baseline], samples[name]))
+            columns |= spread_columns(column, timing.ratios(samples[baseline], samples[name]))
     return columns
 
 
@@ -136,7 +136,7 @@ def memory_columns(memory: Memory) -> Row:
     return {"peak_memory": f"{memory.peak:.4g}", "retained_memory": f"{memory.retained:.4g}"}
 
 
-def _properties(provider: Provider, result: Check) -> Row:
+def properties(provider: Provider, result: Check) -> Row:
     gradient = "" if result.gradient_error is None else f"{result.gradient_error:.2g}"
     return {
         "formula": provider.name_of_formula,
@@ -146,5 +146,5 @@ def _properties(provider: Provider, result: Check) -> Row:
     }
 
 
-def _spread(name: str, spread: timing.Spread) -> Row:
+def spread_columns(name: str, spread: timing.Spread) -> Row:
     return {name: f"{spread.median:.4g}", f"{name}_q1": f"{spread.q1:.4g}", f"{name}_q3": f"{spread.q3:.4g}"}

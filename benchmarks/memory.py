@@ -8,6 +8,7 @@ import ctypes
 import gc
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple
@@ -15,7 +16,7 @@ from typing import NamedTuple
 import torch
 
 from .cases import Case, Inputs
-from .check import Loss, run
+from .check import Loss, forget, run
 from .providers import providers
 
 
@@ -25,13 +26,17 @@ class Memory(NamedTuple):
 
 
 def memory_on_gpu(loss: Loss, inputs: Inputs) -> Memory:
-    """As PyTorch's allocator counts it, of a step that has run before."""
-    inputs.student.grad = None
+    return Memory(*(count / inputs.student.nbytes for count in bytes_on_gpu(loss, inputs)))
+
+
+def bytes_on_gpu(loss: Loss, inputs: tuple) -> Memory:
+    """As PyTorch's allocator counts them, of a step that has run before."""
+    forget(inputs)
     torch.cuda.reset_peak_memory_stats()
     before, retained = torch.cuda.memory_allocated(), []
     run(loss, inputs, lambda: retained.append(torch.cuda.memory_allocated()))
     peak = torch.cuda.max_memory_allocated()
-    return Memory(*((there - before) / inputs.student.nbytes for there in (peak, *retained)))
+    return Memory(*(there - before for there in (peak, *retained)))
 
 
 def memory_on_cpu(case: Case, provider: str) -> Memory:
@@ -39,9 +44,9 @@ def memory_on_cpu(case: Case, provider: str) -> Memory:
 
 
 def in_a_fresh_process(measure, *arguments):
-    """Where no earlier step has left memory behind. Forked from a process that has imported torch and done nothing."""
+    """Where no earlier step has left memory behind. Forked from a process that has done nothing but importing."""
     context = get_context("forkserver")
-    context.set_forkserver_preload([providers.__module__])
+    context.set_forkserver_preload([providers.__module__, measure.__module__])
     with ProcessPoolExecutor(1, mp_context=context) as fresh:
         return fresh.submit(measure, *arguments).result()
 
@@ -49,7 +54,7 @@ def in_a_fresh_process(measure, *arguments):
 def _memory(case: Case, provider: str, threads: int) -> Memory:
     torch.set_num_threads(threads)
     inputs, loss = case.inputs(), providers(case, reference=True)[provider].loss
-    used = memory_of(lambda between: run(loss, inputs, between), lambda: setattr(inputs.student, "grad", None))
+    used = memory_of(lambda between: run(loss, inputs, between), partial(forget, inputs))
     return Memory(*(count / inputs.student.nbytes for count in used))
 
 
@@ -58,16 +63,36 @@ def memory_of(step: Callable[[Callable], object], forget: Callable[[], object]) 
 
     A step may call what it is given, between forward and backward; `forget` frees what the first one made.
     """
-    # What is freed goes back to the system at once: below, malloc must not serve a step from what it has kept.
+    # What is freed goes back to the system at once: below, malloc must not serve a step from what it has kept. It does
+    # so from holes that are large enough, whatever the threshold: their pages go back, too, and are counted once used.
     M_MMAP_THRESHOLD = -3
-    ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 16)
+    libc = ctypes.CDLL(None)
+    libc.mallopt(M_MMAP_THRESHOLD, 1 << 16)
+
+    def resident() -> int:
+        libc.malloc_trim(0)
+        return resident_bytes()
+
     step(lambda: None)  # compiles, loads, starts threads
     forget()
     gc.collect()
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
-    resident = [_status("VmRSS")]
-    step(lambda: resident.append(_status("VmRSS")))
-    return Memory(_status("VmHWM") - resident[0], resident[-1] - resident[0])
+    counts = [resident()]
+    restart_peak()
+    step(lambda: counts.append(resident()))
+    return Memory(peak_bytes() - counts[0], counts[-1] - counts[0])
+
+
+def restart_peak() -> None:
+    """Of this process, as what is resident now. Linux only, like the next two."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def resident_bytes() -> int:
+    return _status("VmRSS")
+
+
+def peak_bytes() -> int:
+    return _status("VmHWM")
 
 
 def _status(field: str) -> int:

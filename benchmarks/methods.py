@@ -17,6 +17,14 @@ class Method(NamedTuple):
     temperatures: tuple[float, ...] = ()  # summed over, in the place of a case's one
 
 
+def entropy(log_probabilities):
+    return -(log_probabilities.exp() * log_probabilities).sum(-1)
+
+
+def ea_weight(teacher_entropy, student_entropy, vocab_size):
+    return (teacher_entropy + teacher_entropy * student_entropy / math.log(vocab_size)) / 2
+
+
 def kl(log_p, log_q):
     return F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
 

@@ -4,6 +4,7 @@ overview   time and memory of three cases, for README
 time       against the vocabulary
 ratios     how many times faster than eager PyTorch and torch.compile
 memory     peak and retained, against rows: of a file that python -m benchmarks.memory_over_rows wrote
+rivals-*   beside other packages: of a file that python -m benchmarks.rivals wrote
 
 What is drawn from a measurement has the measurement's name as its id in the file.
 """
@@ -16,17 +17,21 @@ import matplotlib
 from .bars import overview, ratio_bars
 from .drawing import STYLE
 from .lines import memory_against_rows, time_against_vocabulary
-from .report import PLOTS, Row, device, is_timed, load, newest
+from .report import PLOTS, Row, device, kind, load, newest
+from .rivals.pictures import PICTURES
 
-OF_TIMES = {"overview": overview, "time": time_against_vocabulary, "ratios": ratio_bars}
-OF_MEMORY = {"memory": memory_against_rows}
+OF_KIND = {
+    "times": {"overview": overview, "time": time_against_vocabulary, "ratios": ratio_bars},
+    "memory": {"memory": memory_against_rows},
+    "rivals": PICTURES,
+}
 
 
 def draw(measured: list[list[Row]], folder: Path) -> list[Path]:
     """Pictures of every results file, as far as it has something to draw; of two of the same device, the last."""
     written = []
     for rows in measured:
-        for name, picture in (OF_TIMES if is_timed(rows) else OF_MEMORY).items():
+        for name, picture in OF_KIND[kind(rows)].items():
             path = folder / f"{name}-{device(rows)}.svg"
             with matplotlib.rc_context(STYLE):
                 if card := picture(rows):

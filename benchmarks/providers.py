@@ -1,6 +1,5 @@
 """Who competes: the formula as one writes it in PyTorch, the same through torch.compile, this package, and rivals."""
 
-import math
 from functools import partial
 
 import torch
@@ -11,8 +10,8 @@ from eakd_kernels.dispatch import resolve
 
 from .cases import CE_WEIGHT, DTYPES, Case
 from .check import FP32_TOLERANCE, TOLERANCE, Provider
-from .methods import METHODS
-from .rivals import rivals
+from .methods import METHODS, ea_weight, entropy
+from .rivals.packages import plain_rivals
 
 
 def providers(case: Case, reference: bool = False) -> dict[str, Provider | str]:
@@ -24,7 +23,7 @@ def providers(case: Case, reference: bool = False) -> dict[str, Provider | str]:
     in_pytorch = {"eager": plain, "compile": torch.compile(plain, dynamic=False)}
     found = {name: Provider(loss, formula, tolerance=FP32_TOLERANCE) for name, loss in in_pytorch.items()}
     for backend in eakd_kernels.available_backends():
-        reason = _refusal(backend, case)
+        reason = refusal(backend, case)
         if reason is None and (reference or backend != "reference"):
             tolerance = FP32_TOLERANCE if backend == "reference" else TOLERANCE
             loss = partial(ours, backend=backend, **temperatures)
@@ -35,7 +34,7 @@ def providers(case: Case, reference: bool = False) -> dict[str, Provider | str]:
         alone = temperatures | {"tau": METHODS[case.method].temperatures[0], "method": METHODS["KL"]}
         found["one temperature"] = Provider(partial(ours, backend="cpu", **alone), partial(ea_kd, **alone))
     if case.device == "cuda" and case.temperature == 1 and case.operation != "labels" and case.method == "KL":
-        found |= rivals(case.dtype)
+        found |= plain_rivals(case.dtype)
     return found
 
 
@@ -49,17 +48,12 @@ def ea_kd(student, teacher, labels, tau, t, method=METHODS["KL"]):
         tau**2 * method.divergence((teacher / tau).log_softmax(-1), (student / tau).log_softmax(-1))
         for tau in method.temperatures or (tau,)
     )
-    teacher_entropy = entropy(teacher, t)
+    teacher_entropy = entropy((teacher / t).log_softmax(-1))
     with torch.no_grad():
-        student_entropy = entropy(student, t)
-    weight = (teacher_entropy + teacher_entropy * student_entropy / math.log(student.shape[-1])) / 2
+        student_entropy = entropy((student / t).log_softmax(-1))
+    weight = ea_weight(teacher_entropy, student_entropy, student.shape[-1])
     loss = (weight * divergence).mean()
     return loss if labels is None else loss + CE_WEIGHT * F.cross_entropy(student, labels)
-
-
-def entropy(logits, t):
-    log_probabilities = (logits / t).log_softmax(-1)
-    return -(log_probabilities.exp() * log_probabilities).sum(-1)
 
 
 def ours(student, teacher, labels, tau, t, backend, method=METHODS["KL"]):
@@ -75,7 +69,7 @@ def ours(student, teacher, labels, tau, t, backend, method=METHODS["KL"]):
     )
 
 
-def _refusal(backend: str, case: Case) -> str | None:
+def refusal(backend: str, case: Case) -> str | None:
     """Why a backend does not take a case."""
     if backend == "triton" and case.device == "cpu":
         return "an interpreter on a CPU, which is not there to be fast"

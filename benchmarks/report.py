@@ -28,6 +28,8 @@ OURS = ("eakd cpu", "eakd cuda", "eakd triton")
 USUAL = ("operation", "method", "temperature", "entropy_temperature", "device")
 # How an operation is told apart from the usual one, loss and gradient.
 OPERATIONS = {"gradient": "", "labels": ", cross-entropy too", "statistics": ", loss alone"}
+# Cases in the picture of README.
+HEADLINES = 3
 
 Row = dict[str, str]
 
@@ -40,11 +42,11 @@ def table(rows: list[Row]) -> str:
         "provider": lambda row: row["provider"],
         "ms": lambda row: _spread(row, "ms"),
         **{f"x {name}": lambda row, column=column: _spread(row, column) for column, name in BASELINES.items()},
-        "GB/s": lambda row: _number(row["gb_per_s"]),
-        "% of copy": lambda row: _number(row["percent_of_copy"]),
-        "% at 5 streams": lambda row: _number(row.get("percent_at_5_streams", "")),
-        "peak memory, x logits": lambda row: _number(row["peak_memory"]),
-        "retained": lambda row: _number(row.get("retained_memory", "")),
+        "GB/s": lambda row: number(row["gb_per_s"]),
+        "% of copy": lambda row: number(row["percent_of_copy"]),
+        "% at 5 streams": lambda row: number(row.get("percent_at_5_streams", "")),
+        "peak memory, x logits": lambda row: number(row["peak_memory"]),
+        "retained": lambda row: number(row.get("retained_memory", "")),
         "error, loss": lambda row: row.get("loss_error", ""),
         "error, gradient": lambda row: row.get("gradient_error", ""),
     }
@@ -66,7 +68,7 @@ def _line(case: Case, rows: list[Row]) -> Row:
     if ours is None:
         return {}
     baselines = {"eager": "x_eager", "compile": "x_compile"}
-    memory = {name: _number(row["peak_memory"]) for name, row in by_name.items()}
+    memory = {name: number(row["peak_memory"]) for name, row in by_name.items()}
     return {
         "vocabulary x rows": _shape(ours),
         "dtype": ours["dtype"],
@@ -87,12 +89,12 @@ def summary(rows: list[Row]) -> str:
         "dtype": lambda row: row["dtype"] + OPERATIONS[row["operation"]] + _method(row),
         "tau, t": lambda row: f"{float(row['temperature']):g}, {float(row['entropy_temperature']):g}",
         "backend": lambda row: row["provider"].removeprefix("eakd "),
-        "ms": lambda row: _number(row["ms"]) + (" *" if row["clock"] == "wall" else ""),
-        "% of copy": lambda row: row["percent_of_copy"] and f"{_number(row['percent_of_copy'])} at {_streams(row)}",
-        "at 5": lambda row: _number(row["percent_at_5_streams"]),
-        **{f"x {name}": lambda row, column=column: _number(row[column]) for column, name in BASELINES.items()},
-        "peak memory, x logits": lambda row: _number(row["peak_memory"]),
-        "retained": lambda row: _number(row.get("retained_memory", "")),
+        "ms": lambda row: number(row["ms"]) + (" *" if row["clock"] == "wall" else ""),
+        "% of copy": lambda row: row["percent_of_copy"] and f"{number(row['percent_of_copy'])} at {_streams(row)}",
+        "at 5": lambda row: number(row["percent_at_5_streams"]),
+        **{f"x {name}": lambda row, column=column: number(row[column]) for column, name in BASELINES.items()},
+        "peak memory, x logits": lambda row: number(row["peak_memory"]),
+        "retained": lambda row: number(row.get("retained_memory", "")),
     }
     table = _tabulate(measured, columns)
     return f"{heading(rows)} Loss and gradient; medians of {_rounds(rows)}.\n\n{table}\n\n{legend(rows)}"
@@ -209,9 +211,9 @@ def device(rows: list[Row]) -> str:
     return rows[0].get("device", "cpu")
 
 
-def is_timed(rows: list[Row]) -> bool:
-    """Or else only its memory was measured."""
-    return "ms" in rows[0]
+def kind(rows: list[Row]) -> str:
+    """Of a results file: "times", "rivals" beside other packages, or "memory" alone."""
+    return "rivals" if "family" in rows[0] else "times" if "ms" in rows[0] else "memory"
 
 
 def usual(rows: list[Row]) -> list[Row]:
@@ -232,9 +234,18 @@ def for_docs(rows: list[Row]) -> str:
 
 def told(rows: list[Row]) -> str:
     """What the picture shows, for those who do not see it."""
-    ours = [row for row in usual(rows) if row["provider"] in OURS and row["dtype"] == "bf16" and row["x_eager"]]
-    words = [f"{_number(row['x_eager'])} times for a vocabulary of {row['vocab_size']}" for row in ours]
+    ours = [
+        row for group in headline_cases(rows) for row in group.values() if row["provider"] in OURS and row["x_eager"]
+    ]
+    words = [f"{number(row['x_eager'])} times for a vocabulary of {row['vocab_size']}" for row in ours]
     return f"Time and memory beside eager PyTorch and torch.compile. Faster than eager: {', '.join(words)}."
+
+
+def headline_cases(rows: list[Row]) -> list[dict[str, Row]]:
+    """What was timed on the first cases in bf16: rows by provider."""
+    first = [case for case in cases(device=device(rows)) if case.dtype == "bf16" and case.operation == "gradient"]
+    groups = [{row["provider"]: row for row in rows if case.is_case_of(row) and row["ms"]} for case in first]
+    return [group for group in groups if group][:HEADLINES]
 
 
 def markers(device: str) -> tuple[str, str]:
@@ -261,7 +272,7 @@ def latest(folder: Path) -> list[Path]:
 
 def newest() -> list[Path]:
     """What README and docs show."""
-    return [*latest(RESULTS), *latest(RESULTS / "memory")]
+    return [path for folder in (RESULTS, RESULTS / "memory", RESULTS / "rivals") for path in latest(folder)]
 
 
 def _rounds(rows: list[Row]) -> str:
@@ -285,11 +296,11 @@ def _spread(row: Row, name: str) -> str:
     if not row.get(name):
         return ""
     if not row.get(f"{name}_q1"):
-        return _number(row[name])
-    return f"{_number(row[name])} [{_number(row[f'{name}_q1'])}, {_number(row[f'{name}_q3'])}]"
+        return number(row[name])
+    return f"{number(row[name])} [{number(row[f'{name}_q1'])}, {number(row[f'{name}_q3'])}]"
 
 
-def _number(value: str) -> str:
+def number(value: str) -> str:
     """Three digits."""
     return value and (f"{float(value):.0f}" if float(value) >= 100 else f"{float(value):#.3g}")
 
@@ -320,8 +331,9 @@ def publish(paths: list[Path], readme: Path) -> None:
     from .plot import draw  # needs matplotlib, which tables do without
 
     measured, text = [load(path) for path in paths], readme.read_text()
-    for rows in filter(is_timed, measured):
-        text = insert(for_readme(rows), text, device(rows))
+    for rows in measured:
+        if kind(rows) == "times":
+            text = insert(for_readme(rows), text, device(rows))
     readme.write_text(text)
     draw(measured, readme.parent / "docs" / "plots")
 

