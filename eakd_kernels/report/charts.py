@@ -89,7 +89,7 @@ def bars(heights: Sequence[float], kind: str, *, first: float = 0.0, width: floa
     its place, and `width` wide."""
     place = WIDTH / len(heights)
     shapes = (
-        f"M{place * (i + first):.5g},{HEIGHT}v{-HEIGHT * min(height, 1):.5g}h{place * width:.5g}V{HEIGHT}Z"
+        f"M{place * (i + first):.5g},{HEIGHT}v{-HEIGHT * height:.5g}h{place * width:.5g}V{HEIGHT}Z"
         for i, height in enumerate(heights)
         if height > 0
     )
@@ -99,5 +99,5 @@ def bars(heights: Sequence[float], kind: str, *, first: float = 0.0, width: floa
 def outline(heights: Sequence[float], kind: str) -> Element:
     """The upper edge of bars without spaces."""
     place = WIDTH / len(heights)
-    steps = "".join(f"V{HEIGHT * (1 - min(h, 1)):.5g}H{place * (i + 1):.5g}" for i, h in enumerate(heights))
+    steps = "".join(f"V{HEIGHT * (1 - h):.5g}H{place * (i + 1):.5g}" for i, h in enumerate(heights))
     return element("path", {"class": kind, "d": f"M0,{HEIGHT}{steps}V{HEIGHT}"})

@@ -6,6 +6,8 @@ from xml.etree.ElementTree import Element
 
 _SIGNS = {" ": "␣", "\n": "↵", "\t": "⇥", "\x7f": "␡"}
 _UNSEEN = ("Cc", "Cf", "Cs", "Zs", "Zl", "Zp")
+_BREAKING = ("Cc", "Cs", "Zl", "Zp")
+_TURNING = ("LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI")  # which would reverse the tokens that follow
 
 
 def element(tag: str, attributes: dict[str, object] | None = None, *children: "Element | str") -> Element:
@@ -29,8 +31,12 @@ def visible(text: str) -> str:
 
 
 def inline(text: str) -> str:
-    """A token among others: on one line, and what no page can hold as a sign."""
-    return "".join(_sign(c) if unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") else c for c in text)
+    """A token among others: on one line, and what no page can hold, or would change other tokens, as a sign."""
+    return "".join(_sign(c) if _is_signed_inline(c) else c for c in text)
+
+
+def _is_signed_inline(c: str) -> bool:
+    return unicodedata.category(c) in _BREAKING or unicodedata.bidirectional(c) in _TURNING
 
 
 def _sign(character: str) -> str:

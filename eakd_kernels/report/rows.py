@@ -98,7 +98,8 @@ def _check(stats: RowStats, **others: Tensor | None) -> None:
         if name == "input_ids" and tensor.dim() == 0:
             raise ValueError("input_ids must be [..., L], got a 0-d tensor")
         if tuple(tensor.shape) != shape:
-            raise ValueError(f"{name} must have the shape of the statistics, {shape}, got {tuple(tensor.shape)}")
+            advice = "; leave it out where a row is not the place of a token" if name == "input_ids" else ""
+            raise ValueError(f"{name} must have the statistics' shape {shape}, got {tuple(tensor.shape)}{advice}")
         if tensor.device != device:
             raise ValueError(f"{name} must be on {device}, as the statistics are, got {tensor.device}")
         kinds = {"mask": "bool", "gradient_norms": "floating-point"}

@@ -9,7 +9,7 @@ from html.parser import HTMLParser
 import pytest
 import torch
 from token_pages import HOSTILE, data_in, json_in
-from training_records import BOUND, cells_of, random_batch, random_stats, record_of, stats_of
+from training_records import cells_of, hostile_record, odd_records, random_batch, random_stats, record_of, stats_of
 
 from eakd_kernels.report import TrainingRecord
 from eakd_kernels.report.charts import round_ticks
@@ -39,17 +39,6 @@ class Page(HTMLParser):
     def handle_data(self, data):
         if not self._silent:
             self.text.append(data)
-
-
-def hostile_record(decode=lambda token: HOSTILE[token % len(HOSTILE)]):
-    """Every token is among the heaviest and the lightest, and among those before them."""
-    record = TrainingRecord(decode=decode, bound=BOUND, keep=len(HOSTILE))
-    for step in range(30):
-        stats = random_stats(1, len(HOSTILE), seed=step)
-        stats.divergence[0, step % len(HOSTILE)] = math.inf
-        ids = torch.arange(len(HOSTILE))[None]
-        record.add(stats, ids, ids.roll(-1), step=step, gradient_norms=stats.weight)
-    return record
 
 
 # Safety
@@ -100,7 +89,7 @@ def test_markup():
         ("\n\t", "↵⇥", "↵⇥"),
         ("", "∅", ""),
         ("\x00\x7f\x85", "␀␡U+0085", "␀␡U+0085"),
-        ("\u202e", "U+202E", "\u202e"),
+        ("\u202e\u200d", "U+202EU+200D", "U+202E\u200d"),
         ("\u2028\ud800", "U+2028U+D800", "U+2028U+D800"),
         ("\u00a0é", "U+00A0é", "\u00a0é"),
     ],
@@ -120,6 +109,8 @@ def test_the_table_has_the_quantiles_of_the_last_step():
         found = [float(text) for text in row[1:6]]
         assert found == pytest.approx(view_of(record).bands[-1][i], abs=5e-3, rel=5e-3)
         assert row[6] == "0"
+    record.add(stats_of([math.nan, 1.0], [math.inf, math.nan], [1.0, 1.0], [1.0, 1.0]), step=2)
+    assert [row[6] for row in cells_of(record.render(), 0)[1:]] == ["1", "2", "0", "0"]
 
 
 def test_the_slider_can_read_every_step():
@@ -172,12 +163,13 @@ def test_rows_that_are_not_finite_are_named():
 
 
 def test_tokens_are_decoded():
-    words = [f"word{i}" for i in range(50)]
+    words = [f" word{i}" for i in range(50)]
     html = record_of(range(3), decode=words.__getitem__, keep=2, context=3).render()
     record = record_of(range(3), keep=2, context=3)
     heaviest = record.phases.cells()[-1].samples.found["heaviest"][0]
     shown = re.search(r'<span class="context">(.*?)</span><span class="token w-\d+">(.*?)</span>', html).groups()
-    assert shown == ("".join(words[i] for i in heaviest.context), words[heaviest.token])
+    before = "".join(words[i] for i in heaviest.context)
+    assert shown == (before.removeprefix(" "), words[heaviest.token].replace(" ", "␣"))
     assert f">#{heaviest.token}<" in record.render().replace("␣", "")
 
 
@@ -185,19 +177,75 @@ def test_early_and_late():
     """Of 100 steps, phases of 8: the first two have a tenth of the rows, and so has the last but one with the last."""
     html = record_of(range(100)).render()
     assert re.findall(r"<h3>(\w+, steps [\d to]+)</h3>", html)[:2] == ["Early, steps 0 to 15", "Late, steps 88 to 99"]
-    assert "<h2>In all</h2>" in record_of([5]).render()
+    assert len(paths(html, "early")[0]) == len(paths(html, "late")[0]) == 4
+    alone = record_of([5]).render()
+    assert "<h2>In all</h2>" in alone and paths(alone, "early")[0] == []
 
 
-def odd_records():
-    everything_odd = TrainingRecord(bound=BOUND)
-    everything_odd.add(stats_of(*([math.nan, math.inf] for _ in range(4))), torch.tensor([1, 2]), step=4)
-    off_scale = TrainingRecord()
-    off_scale.add(stats_of([0.0, 1e30], [0.0, 1e30], [-1.0, 1e9], [-1e-8, 1e20]), step=10**9)
-    nothing = TrainingRecord(bound=0.5)
-    nothing.add(stats_of([0.0], [0.0], [0.0], [0.0]), step=0, gradient_norms=torch.zeros(1))
-    images = TrainingRecord(decode=["cat", "dog"].__getitem__)
-    images.add(random_stats(8), labels=torch.tensor([0, 1] * 4), step=1)
-    return {"everything odd": everything_odd, "off the scale": off_scale, "zeros": nothing, "images": images}
+def test_a_part_has_a_tenth_of_the_rows():
+    record = TrainingRecord()
+    for step, rows in enumerate((50, 50, 50, 5)):
+        record.add(random_stats(rows), step=step)
+    found = [(part.name, part.steps) for part in view_of(record).parts]
+    assert found == [("Early", "step 0"), ("Late", "steps 2 to 3")]
+
+
+# Charts, of 1000 x 1000 units, y downwards
+
+
+def paths(html, kind):
+    """For each path of this class, its commands and numbers."""
+    drawn = [given["d"] for tag, given in Page(html).found if tag == "path" and given["class"].split()[0] == kind]
+    return [re.sub(r"-?[\d.e-]+", "#", path) for path in drawn], [
+        [float(number) for number in SVG_NUMBER.findall(path)] for path in drawn
+    ]
+
+
+def test_bands_are_where_the_quantiles_are():
+    """w of step 0 is 0.25 up to 0.5; of step 10, 1."""
+    record = TrainingRecord(bound=10.0)
+    for step, low, high in ((0, 0.25, 0.5), (10, 1.0, 1.0)):
+        record.add(stats_of([5.0, 10.0], [2.5, 2.5], [low, high], [-1.0, 4.0]), step=step)
+    html = record.render()
+    shapes, medians = paths(html, "median")
+    assert shapes == ["M#,#L#,#"] * 4
+    expected = [0, 500, 1000, 500], [0, 750, 1000, 750], [0, 750, 1000, 0], [0, 1000, 1000, 1000]
+    assert medians == [pytest.approx(each, abs=4) for each in expected]  # in the middle of bins; -1 counts as 0
+    assert paths(html, "outer")[1][2] == pytest.approx([0, 500, 1000, 0, 1000, 0, 0, 750], abs=4)
+    assert paths(html, "bound")[1][:2] == [[0, 0, 1000, 0]] * 2
+    record = TrainingRecord(bound=100.0)
+    values = torch.arange(1.0, 101)
+    record.add(stats_of(values, values, values, values), step=0)
+    for kind, (low, high) in {"outer": (5, 95), "inner": (25, 75)}.items():
+        top, bottom = 1000 - 10 * high, 1000 - 10 * low
+        wanted = [0, top, 1000, top, 1000, bottom, 0, bottom]
+        assert paths(record.render(), kind)[1][0] == pytest.approx(wanted, abs=8)
+
+
+def test_an_axis_begins_below_0_where_values_do():
+    record = TrainingRecord()
+    record.add(stats_of([1.0], [1.0], [-1.0], [4.0]), step=0)
+    record.add(stats_of([1.0], [1.0], [3.0], [-1e-7]), step=1)
+    html = record.render()
+    axes = re.findall(r'<div class="y at"[^>]*>(.*?)</div>', html)
+    assert axes[2].endswith("<span>-1</span>") and axes[3].endswith("<span>0</span>")
+    assert paths(html, "median")[1][2] == [0, 1000, 1000, 0]
+
+
+def test_bars_are_as_high_as_their_shares():
+    record = TrainingRecord()
+    record.add(stats_of([1.0] * 4, [1.0] * 4, [0.06, 0.06, 0.06, 0.99], [1.0] * 4), step=0)
+    shapes, bars = paths(record.render(), "late")
+    assert shapes[2] == 2 * "M#,#v#h#V#Z"
+    assert bars[2] == pytest.approx([51.5, 1000, -1000, 22, 1000, 976.5, 1000, -1000 / 3, 22, 1000], rel=1e-4)
+
+
+def test_squares_are_where_the_entropies_are():
+    record = TrainingRecord(bound=4.0)
+    record.add(stats_of([1.01], [3.01], [0.5], [1.0]), step=0)
+    ((left, top, *_),) = paths(record.render(), "square")[1]
+    side = 1000 / 64  # H_S is below 4, which 64 cells reach to
+    assert (left, top) == pytest.approx((16 * side, 1000 - 49 * side), abs=0.06)
 
 
 @pytest.mark.parametrize("name", odd_records())

@@ -4,8 +4,7 @@ import base64
 
 import pytest
 from browsers import DESK, PHONE, SCREENSHOTS
-from test_training_page import hostile_record, odd_records
-from training_records import record_of
+from training_records import hostile_record, odd_records, record_of
 
 from eakd_kernels.report.training_view import view_of
 

@@ -295,7 +295,8 @@ IDS = torch.zeros(2, 3, dtype=torch.int64)
     [
         ((torch.tensor(1.0), STATS), {}, TypeError, "stats must be RowStats, got tuple; .* the second"),
         (STATS._replace(weight=None), {}, ValueError, "stats.weight is None"),
-        (STATS, {"labels": IDS[:, :2]}, ValueError, r"labels must have the shape .*, \(2, 3\), got \(2, 2\)"),
+        (STATS, {"labels": IDS[:, :2]}, ValueError, r"labels must have .* shape \(2, 3\), got \(2, 2\)$"),
+        (STATS, {"input_ids": IDS[None]}, ValueError, r"input_ids must have .*, got \(1, 2, 3\); leave it out where"),
         (STATS, {"input_ids": IDS.float()}, TypeError, "input_ids must be .* integer dtype, got torch.float32"),
         (STATS, {"mask": IDS}, TypeError, "mask must be a tensor of bool dtype, got torch.int64"),
         (STATS, {"gradient_norms": IDS}, TypeError, "gradient_norms must be a tensor of floating-point dtype"),

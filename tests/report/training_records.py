@@ -4,6 +4,7 @@ import math
 import re
 
 import torch
+from token_pages import HOSTILE
 
 from eakd_kernels import RowStats
 from eakd_kernels.report import TrainingRecord
@@ -44,6 +45,29 @@ def record_of(steps, **options):
         arguments, keywords = random_batch(step)
         record.add(*arguments, **keywords)
     return record
+
+
+def hostile_record(decode=lambda token: HOSTILE[token % len(HOSTILE)]):
+    """Every token is among the heaviest and the lightest, and among those before them."""
+    record = TrainingRecord(decode=decode, bound=BOUND, keep=len(HOSTILE))
+    for step in range(30):
+        stats = random_stats(1, len(HOSTILE), seed=step)
+        stats.divergence[0, step % len(HOSTILE)] = math.inf
+        ids = torch.arange(len(HOSTILE))[None]
+        record.add(stats, ids, ids.roll(-1), step=step, gradient_norms=stats.weight)
+    return record
+
+
+def odd_records():
+    everything_odd = TrainingRecord(bound=BOUND)
+    everything_odd.add(stats_of(*([math.nan, math.inf] for _ in range(4))), torch.tensor([1, 2]), step=4)
+    off_scale = TrainingRecord()
+    off_scale.add(stats_of([0.0, 1e30], [0.0, 1e30], [-1.0, 1e9], [-1e-8, 1e20]), step=10**9)
+    nothing = TrainingRecord(bound=0.5)
+    nothing.add(stats_of([0.0], [0.0], [0.0], [0.0]), step=0, gradient_norms=torch.zeros(1))
+    images = TrainingRecord(decode=["cat", "dog"].__getitem__)
+    images.add(random_stats(8), labels=torch.tensor([0, 1] * 4), step=1)
+    return {"everything odd": everything_odd, "off the scale": off_scale, "zeros": nothing, "images": images}
 
 
 def cells_of(html, table):
