@@ -64,6 +64,9 @@ class SavedReport(TrainerCallback):
         dist.gather_object(self.record, records)
         if records is None:
             return None
+        bound = next((record.bound for record in records if record.bound), None)
+        for record in records:
+            record.bound = bound  # a rank that had no batch does not know it
         whole = records[0].merge(*records[1:])
         whole.decode = self.record.decode
         return whole
