@@ -203,10 +203,10 @@ def test_who_is_better_is_said():
     case = {"family": "logits", "vocab_size": "10", "rows": "2", "hidden": "", "dtype": "bf16", "student": APART}
     ours = case | {"provider": "eakd cpu", "weights": "ea", "logits": "", "gradient_error": "2e-3", "left_out": ""}
     ours |= {"ms": "2", "peak_mb": "3", "retained_mb": "5", "x_ours_q3": ""}
-    theirs = ours | {"provider": "theirs", "logits": "as is", "ms": "1.5", "x_ours_q3": "0.9"}
+    theirs = ours | {"provider": "theirs", "logits": "as is", "ms": "1.5", "x_ours": "0.75", "x_ours_q3": "0.9"}
     theirs |= {"peak_mb": "2.9", "retained_mb": "0", "gradient_error": "9e-4"}
     assert table.who_is_better([theirs, ours]).splitlines()[2:] == [
-        "- faster: theirs, as is (10 x 2, bf16, weighted: 1.50, ours 2.00)",
+        "- faster: theirs, as is (10 x 2, bf16, weighted: 0.750 of our time)",
         "- less retained: theirs, as is (10 x 2, bf16, weighted: 0.00, ours 5.00)",
     ]
     equal = theirs | {"x_ours_q3": "1.1", "retained_mb": "5"}

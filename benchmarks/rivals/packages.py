@@ -75,10 +75,12 @@ def torchtune() -> Loaded:
 
 
 def torchtune_chunked() -> Loaded:
-    criterion = _torchtune_losses().ForwardKLWithChunkedOutputLoss()  # 8 chunks of the sequence, which it is given
+    criterion = _torchtune_losses().ForwardKLWithChunkedOutputLoss()
 
     def mean(student, teacher, dtype):
-        chunks = ([_in(x, dtype)[None] for x in logits.tensor_split(8)] for logits in (student, teacher))
+        """It is given chunks, as torchtune's models make them. `chunk` puts their gradients together, once."""
+        size = criterion.num_output_chunks
+        chunks = ([_in(chunk, dtype)[None] for chunk in logits.chunk(size)] for logits in (student, teacher))
         return criterion(*chunks, student.new_zeros(1, len(student), dtype=torch.long))
 
     return Loaded(mean)

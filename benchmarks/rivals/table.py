@@ -105,7 +105,10 @@ def who_is_better(rows: list[Row]) -> str:
             if row[column] and mine[column] and _beats(column, row, mine):
                 student = f", {row['student']}" if row["family"] == "errors" else ""
                 what = f"{_shape(row)}, {row['dtype']}, {WEIGHTS[row['weights']]}{student}"
-                cases[_name(row)].append(f"{what}: {number(row[column])}, ours {number(mine[column])}")
+                how = f"{number(row[column])}, ours {number(mine[column])}"
+                if column == "ms":
+                    how = f"{number(row['x_ours'])} of our time"
+                cases[_name(row)].append(f"{what}: {how}")
         found += [f"- {words}: {name} ({'; '.join(where)})" for name, where in cases.items()]
     return "\n".join(["Where others are better:", "", *found]) if found else "Nobody else is better at any of this."
 
