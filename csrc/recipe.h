@@ -157,24 +157,26 @@ EAKD_HD void rescale_moments(T by, T* sum, T* first, T* second) {
   *first = factor * (*first + by * *sum), *sum *= factor;
 }
 
-// AlphaBeta term by term, with s = a + b:
-//     a b f = a/s p^s + b/s q^s - p^a q^b,    a h = q^s - p^a q^b
+// AlphaBeta term by term, with s = a + b, from the differences
+//     step = p^s - q^s,    pull = q^s - p^a q^b:    a h = pull,    a b f = a/s step + pull
 // Where divergence.h's formula asks which of p and q is larger, so that nothing cancels, this one has three
-// exponentials of the exponents b, d about any centres; it is as exact as the same formula in PyTorch. k_a + k_b is k_s
-// to the last bit: what one term is off has to cancel with what the others are.
+// exponentials of exponents about any centres; it is as exact as the same formula in PyTorch.
+//     p^s = of_p 2^(k x_p),    q^s = of_q 2^(k x_q),    p^a q^b = of_both 2^(k x_q + share k (x_p - x_q))
+// The last exponent is the second one where x_p = x_q, to the last bit.
 template <typename T>
 struct AlphaBetaTerms {
-  T k_a, k_b, k_s;  // times log2(e)/tau
-  T f_p, f_q, f_both, h_q, h_both;
+  T k, share;                // s log2(e)/tau, a/s
+  T p_ratio, both_ratio;     // of_p and of_both over of_q: a loop has step and pull over of_q
+  double f_step, f_pull, h;  // what f and h have of those
 
-  // k: log2(e)/tau. log2_B0, log2_D0: of the sums about the same centres.
-  EAKD_HD AlphaBetaTerms(const Recipe& recipe, double k, double log2_B0, double log2_D0) {
+  // k_tau: log2(e)/tau. log2_B0, log2_D0: of the sums about the same centres.
+  EAKD_HD AlphaBetaTerms(const Recipe& recipe, double k_tau, double log2_B0, double log2_D0) {
     const double a = recipe.first, b = recipe.second, s = a + b;
-    k_s = T(s * k), k_a = T(T(a * k) + k_s) - k_s, k_b = k_s - k_a;  // multiples of the last bit of k_s
-    const double by_p = log2_B0 / k, by_q = log2_D0 / k;             // the powers as they were rounded
-    const double of_p = pow2(-k_s * by_p), of_q = pow2(-k_s * by_q), of_both = pow2(-k_a * by_p - k_b * by_q);
-    f_p = T(of_p / (b * s)), f_q = T(of_q / (a * s)), f_both = T(-of_both / (a * b));
-    h_q = T(of_q / a), h_both = T(-of_both / a);
+    k = T(s * k_tau), share = T(a / s);
+    const double p = k * log2_B0 / k_tau, q = k * log2_D0 / k_tau;  // the powers as they were rounded
+    p_ratio = T(pow2(q - p)), both_ratio = T(pow2(share * (q - p)));
+    const double of_q = pow2(-q);
+    f_step = of_q / (b * s), f_pull = of_q / (a * b), h = of_q / a;
   }
 };
 

@@ -7,6 +7,7 @@ from .linear import fused_linear_ea_kd_loss
 from .modules import EADKDLoss, EAKDLoss, FusedLinearEAKDLoss, TopKEAKDLoss
 from .sparse_teacher import teacher_topk, topk_ea_kd_loss
 from .stats import RowStats
+from .tokens import token_entropy, token_logprob_entropy
 
 __version__ = "0.1.0"
 
@@ -24,6 +25,8 @@ __all__ = [
     "ea_weights",
     "fused_linear_ea_kd_loss",
     "teacher_topk",
+    "token_entropy",
+    "token_logprob_entropy",
     "topk_ea_kd_loss",
     "weighting",
 ]

@@ -52,7 +52,8 @@ def _reason(name: str, device: str, dtypes: tuple[torch.dtype, torch.dtype]) -> 
 
 @functools.cache
 def _announce(chosen: str, device: str) -> None:
-    _log.info('eakd_kernels: backend="auto" runs "%s" for %s tensors', chosen, device)
+    level = logging.WARNING if chosen == "reference" else logging.INFO  # several tensors of the logits' size, and slow
+    _log.log(level, 'eakd_kernels: backend="auto" runs "%s" for %s tensors', chosen, device)
 
 
 def resolve(backend: str, device: str, student_dtype: torch.dtype, teacher_dtype: torch.dtype) -> str:

@@ -21,6 +21,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from types import SimpleNamespace
@@ -48,13 +49,14 @@ from distill_lm_models import (
     next_tokens,
     split_text,
 )
-from distill_lm_page import token_page
+from distill_lm_page import new_record, write_pages
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 from tqdm import tqdm
 
 import eakd_kernels
 from eakd_kernels import ea_kd_loss, ea_weights
+from eakd_kernels.report import TrainingRecord, row_gradient_norms
 
 # Of the two training curves, relative. PyTorch's fp32 log_softmax puts the eager loss 1e-5 to 2e-5 off the exact one;
 # 200 steps at this learning rate do not magnify that, but more might. A cross-entropy weight 1 % off gives 5e-3.
@@ -118,10 +120,10 @@ def spread(weights: Tensor) -> float:
 
 
 class Run:
-    """A student, the loss it trains with, and one entry a step of what happened."""
+    """A student, the loss it trains with, and one entry a step of what happened; record gathers statistics of rows."""
 
-    def __init__(self, loss: Callable, student: nn.Module, steps: int):
-        self.loss, self.student = loss, student
+    def __init__(self, loss: Callable, student: nn.Module, steps: int, record: TrainingRecord | None = None):
+        self.loss, self.student, self.record = loss, student, record
         self.optimizer = new_optimizer(student)
         self.schedule = new_schedule(self.optimizer, steps)
         self.history: dict[str, list[float]] = defaultdict(list)
@@ -141,9 +143,13 @@ class Run:
         self.optimizer.zero_grad()
         self.schedule.step()
         end = time.perf_counter()
-        self._record(loss, rows, labels != IGNORED, loss_seconds=after_loss - before_loss, step_seconds=end - start)
+        self._note(loss, rows, labels != IGNORED, loss_seconds=after_loss - before_loss, step_seconds=end - start)
+        if self.record is not None:
+            add = partial(self.record.add, rows, ids, labels, step=len(self.weights) - 1)
+            _, seconds = timed(lambda: add(gradient_norms=row_gradient_norms(gradient)))
+            self.history["record_seconds"].append(seconds)
 
-    def _record(self, loss: Tensor, rows, keep: Tensor, **seconds: float) -> None:
+    def _note(self, loss: Tensor, rows, keep: Tensor, **seconds: float) -> None:
         self.weights.append(rows.weight[keep])
         entry = {
             "loss": loss.item(),
@@ -240,11 +246,13 @@ def table(results: dict) -> str:
     gap = abs(results["fused"]["ce_after"] - results["eager"]["ce_after"])
     spreads = ", ".join(f"{value:.2f} (t={t})" for t, value in results["weight_spread"].items())
     apart = max(results["curve_differences"])
+    record_ms = 1e3 * statistics.median(results["fused"]["history"]["record_seconds"])
     lines += [
         "",
         f"{'difference in held-out cross-entropy':<44}{gap:.1e} nats/token",
         f"{'largest difference of the loss curves':<44}{apart:.1e} relative; {LOSS_TOLERANCE:.0e} is allowed",
         f"{'spread of w by entropy temperature':<44}{spreads}, as coefficient of variation",
+        f"{'record for training.html':<44}{record_ms:.1f} ms/step, after the step and not part of it",
         f"{'held-out cross-entropy of the teacher':<44}{results['teacher_ce']:.4f} nats/token",
     ]
     return "\n".join(lines)
@@ -317,7 +325,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=2, help="windows in a batch")
     parser.add_argument("--length", type=int, default=128, help="tokens in a window")
     parser.add_argument(
-        "--out", type=Path, default=Path("out/demo"), help="folder for curves.png, results.json and tokens.html"
+        "--out", type=Path, default=Path("out/demo"), help="folder for curves.png, results.json and two pages"
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -353,7 +361,11 @@ def main() -> None:
     if len(training) < options.batch:
         sys.exit(f"The text has {len(training)} windows of {options.length} tokens; --batch must not be larger.")
 
-    runs = {name: Run(loss, new_student(vocabulary, options.seed), options.steps) for name, loss in LOSSES.items()}
+    records = {"fused": new_record(tokenizer, vocabulary)}
+    runs = {
+        name: Run(loss, new_student(vocabulary, options.seed), options.steps, records.get(name))
+        for name, loss in LOSSES.items()
+    }
     ce_before = held_out_ce(runs["fused"].student, held_out, options.batch)
     teacher_seconds = train(runs, teacher, endless_batches(training, options.batch, options.seed), options.steps)
     print("Evaluating, and measuring memory")
@@ -372,9 +384,7 @@ def main() -> None:
         "before training": new_student(vocabulary, options.seed),
         f"after {options.steps} steps": runs["fused"].student,
     }
-    page = options.out / "tokens.html"
-    page.write_text(token_page(students, teacher, tokenizer, held_out[0]), encoding="utf-8")
-    print(f"Tokens by weight: {page}")
+    write_pages(options.out, records["fused"], students, teacher, tokenizer, held_out[0])
     if not all(difference <= LOSS_TOLERANCE for difference in results["curve_differences"]):
         sys.exit("The students' training losses differ by more than rounding explains: the fused loss is wrong here.")
 

@@ -1,10 +1,30 @@
-"""What distill_lm.py shows of its weights: a page of a passage, before and after training."""
+"""What distill_lm.py shows of its weights: a page of a passage, before and after training, and one of the training."""
+
+import math
+from pathlib import Path
 
 import torch
-from distill_lm_models import LOSS_OPTIONS, logits_of
+from distill_lm_models import IGNORED, LOSS_OPTIONS, logits_of
 from torch import Tensor, nn
 
-from eakd_kernels.report import Passage, View, render, rows_from_logits
+from eakd_kernels.report import Passage, TrainingRecord, View, render, rows_from_logits
+
+
+def new_record(tokenizer, vocabulary: int) -> TrainingRecord:
+    return TrainingRecord(decode=tokenizer, bound=math.log(vocabulary), ignore_index=IGNORED)
+
+
+def write_pages(folder: Path, record: TrainingRecord, students, teacher, tokenizer, ids: Tensor) -> None:
+    """tokens.html, of what `token_page` takes, and training.html."""
+    tokens, training = folder / "tokens.html", folder / "training.html"
+    tokens.write_text(token_page(students, teacher, tokenizer, ids), encoding="utf-8")
+    record.save(
+        training,
+        title="How EA-KD weighed a training",
+        introduction="Every token that the demo's student was trained on: how unsure both models were of it, what "
+        "it weighed, and how far apart the two were.",
+    )
+    print(f"Tokens by weight: {tokens}\nThe training in distributions: {training}")
 
 
 @torch.no_grad()

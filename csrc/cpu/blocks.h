@@ -70,6 +70,21 @@ void store_columns(const T* from, int64_t stride, int64_t n, S* to, bool past_ca
 template <typename T>
 constexpr Storage native = sizeof(T) == 8 ? Storage::kDouble : Storage::kFloat;
 
+// Of whole vectors. Four lines of maxima: one would wait for itself, every time.
+template <typename T>
+T largest(const T* x, int64_t n) {
+  Vec<T> m[4];
+  for (Vec<T>& each : m)
+    each = splat(-T(INFINITY));
+  int64_t i = 0;
+  for (; i + 4 * kLanes <= n; i += 4 * kLanes)
+    for (int line = 0; line < 4; ++line)
+      m[line] = larger(load(x + i + line * kLanes), m[line]);
+  for (; i < n; i += kLanes)
+    m[0] = larger(load(x + i), m[0]);
+  return max<T>(larger(larger(m[0], m[1]), larger(m[2], m[3])));
+}
+
 template <typename T>
 struct Columns {
   const T* values;
@@ -82,12 +97,7 @@ Columns<T> load_block(const LogitsView& v, const char* row, int64_t column, int6
   const char* p = row + column * v.vocab_stride * v.item_bytes;
   if (v.storage == native<T> && v.vocab_stride == 1 && n % kLanes == 0 && !copy) {
     const T* x = reinterpret_cast<const T*>(p);
-    Vec<T> m = splat(-T(INFINITY));
-    for (int64_t i = 0; i < n; i += kLanes) {
-      const Vec<T> value = load(x + i);
-      m = larger(value, m);
-    }
-    return {x, max<T>(m)};
+    return {x, largest(x, n)};
   }
   switch (v.storage) {
     case Storage::kFloat: return {scratch, load_columns<T>((const float*)p, v.vocab_stride, n, scratch)};

@@ -164,14 +164,13 @@ void compute_statistics(const Rows& rows, T* out) {
 // visit(row, the thread's RecipeRow at it) for every row kept.
 template <typename T, typename Visit>
 void visit_recipe_rows(const RecipeJob& job, const Visit& visit) {
-  at::parallel_for(0, job.rows.rows, row_grain(job.rows), [&](int64_t begin, int64_t end) {
-    const FlushSubnormals flush;
+  share_out(job.rows.rows, row_grain(job.rows), [&](const auto& each) {
     RecipeRow<T> opened(job);
-    for (int64_t row = begin; row < end; ++row) {
-      if (!job.rows.kept(row)) continue;
+    each([&](int64_t row) {
+      if (!job.rows.kept(row)) return;
       opened.open(row);
       visit(row, opened);
-    }
+    });
   });
 }
 

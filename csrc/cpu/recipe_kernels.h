@@ -87,14 +87,14 @@ struct RecipeKernels {
   void (*kl_sums)(TauSums<double>&, const RecipeBlock<T>&, bool forward, bool reverse);
   // keep_h: [n], where h is to stay; null: nowhere
   void (*values)(TauSums<double>&, const RecipeBlock<T>&, const Normalisers<T>&, const Recipe&, bool pulls, T* keep_h);
-  // As `values`, of logits alone.
-  void (*alpha_beta_values)(TauSums<double>&, RecipeBlock<T>, AlphaBetaTerms<T>, T* keep_h);
+  // As `values`, of logits alone; keeps h up to the terms' factor.
+  void (*alpha_beta_values)(TauSums<double>&, RecipeBlock<T>, AlphaBetaTerms<T>, T* keep);
   // S 2^d (z - y), both about their centres
   double (*reverse_sum)(const T* y, const T* z, const T* ed, int64_t n, T my, T mz);
   // g += c h_j + q q_j; kept_h: where `values` left h, or null
   void (*add_gradient)(T* g, const RecipeBlock<T>&, const Normalisers<T>&, const Recipe&, T c, T q, const T* kept_h,
                        Write write);
-  // g += c h_j + q ed_j
+  // g += c pull_j + q ed_j
   void (*add_alpha_beta_gradient)(T* g, const RecipeBlock<T>&, const AlphaBetaTerms<T>&, T c, T q, Write write);
   // g += S over powers of p eb^P + q ed^P
   void (*add_power_gradient)(T* g, const RecipeBlock<T>&, const PowerFactors<T>&, Write write);

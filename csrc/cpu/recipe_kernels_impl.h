@@ -50,14 +50,6 @@ Moments<double> block_moments(const T* x, int64_t n) {
 }
 
 template <typename T>
-T largest(const T* x, int64_t n) {
-  Vec<T> m = splat(-T(INFINITY));
-  for (int64_t i = 0; i < n; i += kLanes)
-    m = larger(load(x + i), m);
-  return max<T>(m);
-}
-
-template <typename T>
 void exponentials(const T* x, int64_t n, T centre, T k, T* out) {
   for (int64_t i = 0; i < n; i += kLanes)
     store(out + i, exp2_any<T>((load(x + i) - centre) * k));
@@ -243,26 +235,29 @@ void values(TauSums<double>& s, const RecipeBlock<T>& block, const Normalisers<T
 
 template <typename T>
 struct AlphaBetaColumn {
-  Vec<T> p_s, q_s, both;
+  Vec<T> step, pull;
 
   EAKD_HD AlphaBetaColumn(const RecipeBlock<T>& block, const AlphaBetaTerms<T>& by, int64_t i) {
-    const Vec<T> y = load(block.y + i) - block.my, z = load(block.z + i) - block.mz;
-    p_s = exp2_any<T>(y * by.k_s), q_s = exp2_any<T>(z * by.k_s), both = exp2_any<T>(y * by.k_a + z * by.k_b);
+    // Deep enough that a share of a floor is one, too.
+    const Vec<T> x_p = raise_to((load(block.y + i) - block.my) * by.k, kDeepExp2Floor<T>);
+    const Vec<T> x_q = raise_to((load(block.z + i) - block.mz) * by.k, kDeepExp2Floor<T>);
+    const Vec<T> q_s = exp2_from_floor(x_q);
+    step = by.p_ratio * exp2_from_floor(x_p) - q_s;
+    pull = q_s - by.both_ratio * exp2_from_floor(x_q + by.share * (x_p - x_q));
   }
-  EAKD_HD Vec<T> h(const AlphaBetaTerms<T>& by) const { return by.h_q * q_s + by.h_both * both; }
 };
 
-// By value: a loop that stores would ask for every field again.
+// Keeps the pulls. By value: a loop that stores would ask for every field again.
 template <typename T>
-void alpha_beta_values(TauSums<double>& s, RecipeBlock<T> block, AlphaBetaTerms<T> by, T* keep_h) {
-  Vec<T> f{}, h{};
+void alpha_beta_values(TauSums<double>& s, RecipeBlock<T> block, AlphaBetaTerms<T> by, T* keep) {
+  Vec<T> steps{}, pulls{};
   for (int64_t i = 0; i < block.n; i += kLanes) {
     const AlphaBetaColumn<T> c(block, by, i);
-    const Vec<T> pull = c.h(by);
-    f += by.f_p * c.p_s + (by.f_q * c.q_s + by.f_both * c.both), h += pull;
-    if (keep_h != nullptr) store(keep_h + i, pull);
+    steps += c.step, pulls += c.pull;
+    if (keep != nullptr) store(keep + i, c.pull);
   }
-  s.f += sum<T>(f), s.h += sum<T>(h);
+  const double pull = sum<T>(pulls);
+  s.f += by.f_step * sum<T>(steps) + by.f_pull * pull, s.h += by.h * pull;
 }
 
 // value(i): what goes into the gradient of the columns from i on.
@@ -324,7 +319,7 @@ void add_gradient(T* g, const RecipeBlock<T>& block, const Normalisers<T>& by, c
 template <typename T>
 void add_alpha_beta_gradient(T* g, const RecipeBlock<T>& block, const AlphaBetaTerms<T>& by, T c, T q, Write write) {
   add_columns(g, block.n, write,
-              [=](int64_t i) { return c * AlphaBetaColumn<T>(block, by, i).h(by) + q * load(block.ed + i); });
+              [=](int64_t i) { return c * AlphaBetaColumn<T>(block, by, i).pull + q * load(block.ed + i); });
 }
 
 template <typename T>

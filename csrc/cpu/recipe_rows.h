@@ -236,8 +236,10 @@ class RecipeRow {
                                    write);
     RecipeBlock<T> block = block_about_maxima(k, begin, n);
     block.ed = row_.exponentials(kStudent, k, begin, n);
-    if (kept_h != nullptr && c != 0) return kernels_.add_gradient(g, block, by, recipe_, c, q, kept_h, write);
-    kernels_.add_alpha_beta_gradient(g, block, row_.alpha_beta_terms(k, B0, D0), c, q * by.inverse_D0, write);
+    const AlphaBetaTerms<T> terms = row_.alpha_beta_terms(k, B0, D0);
+    const T of_pull = T(basis.c * terms.h);
+    if (kept_h != nullptr && c != 0) return kernels_.add_gradient(g, block, by, recipe_, of_pull, q, kept_h, write);
+    kernels_.add_alpha_beta_gradient(g, block, terms, of_pull, q * by.inverse_D0, write);
   }
 
   void write_block(int64_t begin, const TauBasis<double>* bases, const double (*tau)[kNumTauFields],

@@ -3,6 +3,8 @@
 
 #include <ATen/Parallel.h>
 
+#include <algorithm>
+#include <atomic>
 #include <cstring>
 #include <memory>
 #include <vector>
@@ -47,6 +49,23 @@ class FlushSubnormals {
 #endif
 };
 
+// work(each) on every thread; there each(visit) visits items out of [0, count), `grain` at a time, as long as there are
+// any. Not equal parts: a thread that the system holds up would keep all the others waiting.
+template <typename Work>
+void share_out(int64_t count, int64_t grain, const Work& work) {
+  std::atomic<int64_t> next{0};
+  const auto each = [&](const auto& visit) {
+    for (int64_t begin; (begin = next.fetch_add(grain, std::memory_order_relaxed)) < count;)
+      for (int64_t i = begin; i < std::min(begin + grain, count); ++i)
+        visit(i);
+  };
+  const int64_t threads = std::min<int64_t>(at::get_num_threads(), (count + grain - 1) / grain);
+  at::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+    const FlushSubnormals flush;
+    work(each);
+  });
+}
+
 // n numbers from a cache line's first byte on. A thread keeps its own, a few megabytes, for the next call: fresh memory
 // costs a page fault every 4 KB.
 template <typename T>
@@ -90,22 +109,21 @@ void write_gradient_row(const RowJob& job, const RowPair& pair, const Temperatur
 template <typename T, typename Visit>
 void visit_states(const RowJob& job, const RowTemperatures& temperatures, const Visit& visit) {
   if (!shares_segments(job)) {
-    at::parallel_for(0, job.rows, row_grain(job), [&](int64_t begin, int64_t end) {
-      const FlushSubnormals flush;
-      for (int64_t row = begin; row < end; ++row)
+    share_out(job.rows, row_grain(job), [&](const auto& each) {
+      each([&](int64_t row) {
         if (job.kept(row)) visit(row, row_state<T>(job, RowPair(job, row), temperatures.at(row)));
+      });
     });
     return;
   }
   const int64_t segments = job.segments();
   std::vector<RowState<double>> states(job.rows * segments);
-  at::parallel_for(0, job.rows * segments, 1, [&](int64_t begin, int64_t end) {
-    const FlushSubnormals flush;
-    for (int64_t i = begin; i < end; ++i) {
+  share_out(job.rows * segments, 1, [&](const auto& each) {
+    each([&](int64_t i) {
       const int64_t row = i / segments;
-      if (!job.kept(row)) continue;
+      if (!job.kept(row)) return;
       states[i] = row_kernels<T>().segment_state(job, RowPair(job, row), temperatures.at(row), i % segments, nullptr);
-    }
+    });
   });
   const FlushSubnormals flush;
   for (int64_t row = 0; row < job.rows; ++row) {
@@ -129,9 +147,10 @@ inline void zero_columns(const LogitsView& v, int64_t row, int64_t begin, int64_
 // Exactly 0 in rows left out and in columns past the vocabulary.
 inline void write_zeros(const RowJob& job) {
   if (job.keep == nullptr && job.gradient_columns == job.vocab_size) return;
-  at::parallel_for(0, job.rows, row_grain(job), [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row)
+  share_out(job.rows, row_grain(job), [&](const auto& each) {
+    each([&](int64_t row) {
       zero_columns(job.gradient, row, job.kept(row) ? job.vocab_size : 0, job.gradient_columns);
+    });
   });
 }
 
@@ -141,18 +160,17 @@ void write_gradient(const RowJob& job, const RowTemperatures& temperatures, cons
   write_zeros(job);
   const int64_t segments = shares_segments(job) ? job.segments() : 1;
   const int64_t grain = segments > 1 ? 1 : row_grain(job);
-  at::parallel_for(0, job.rows * segments, grain, [&](int64_t begin, int64_t end) {
-    const FlushSubnormals flush;
-    for (int64_t i = begin; i < end; ++i) {
+  share_out(job.rows * segments, grain, [&](const auto& each) {
+    each([&](int64_t i) {
       const int64_t row = i / segments;
-      if (!job.kept(row)) continue;
+      if (!job.kept(row)) return;
       const RowPair pair(job, row);
       const Temperatures<double> k = temperatures.at(row);
       if (segments > 1)
         row_kernels<T>().segment_gradient(job, pair, k, basis_of(row), i % segments, nullptr);
       else
         write_gradient_row<T>(job, pair, k, basis_of(row));
-    }
+    });
   });
 }
 
@@ -166,18 +184,17 @@ void write_gradient_in_one_pass(const RowJob& job, const RowTemperatures& temper
     write_gradient<T>(job, temperatures, [&](int64_t row) { return bases[row]; });
     return;
   }
-  at::parallel_for(0, job.rows, row_grain(job), [&](int64_t begin, int64_t end) {
-    const FlushSubnormals flush;
+  share_out(job.rows, row_grain(job), [&](const auto& each) {
     const bool keeps = job.vocab_size <= kMaxKeptColumns;
     const KeptExponentials<T> room = keeps ? room_for_row<T>(job) : KeptExponentials<T>{};
     const KeptExponentials<T>* kept = keeps ? &room : nullptr;
-    for (int64_t row = begin; row < end; ++row) {
-      if (!job.kept(row)) continue;
+    each([&](int64_t row) {
+      if (!job.kept(row)) return;
       const RowPair pair(job, row);
       const Temperatures<double> k = temperatures.at(row);
       const RowState<double> state = row_state<T>(job, pair, k, kept);
       write_gradient_row<T>(job, pair, k, basis_of(row, state), kept);
-    }
+    });
   });
 }
 

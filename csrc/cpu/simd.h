@@ -128,14 +128,17 @@ constexpr T kExp2Floor = T(-126);
 #endif
 template <>
 constexpr double kExp2Floor<double> = -1100;
+// For an exponent that others are made of: a tenth of it is below every floor, and exp2_from_floor takes it.
+template <typename T>
+constexpr T kDeepExp2Floor = T(-16384);
 
 template <typename V, typename T>
 inline V raise_to(V x, T floor) {
   return larger(V{} + floor, x);
 }  // keeps NaN
 
-// 2^x for floor <= x < 128; 0 at the floor, NaN for NaN. x = n + f with an integer n and |f| <= 1/2, and a minimax
-// polynomial of degree 6 for 2^f, 2e-9 before rounding.
+// 2^x for -2^20 < x < 128; 0 from the floor down, NaN for NaN. x = n + f with an integer n and |f| <= 1/2, and a
+// minimax polynomial of degree 6 for 2^f, 2e-9 before rounding.
 inline VecF exp2_polynomial(VecF f, float one = 1.0f) {
   // Estrin's order: half the latency of Horner's, which is what bounds the loops around it.
   const VecF f2 = f * f;

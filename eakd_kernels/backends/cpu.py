@@ -1,12 +1,21 @@
 """The C++ kernels (csrc/cpu) on CPU tensors."""
 
+from pathlib import Path
+
 import torch
 
 try:
     from .. import _C  # registers torch.ops.eakd_cpu
 except ImportError as error:
     _C = None
-    _reason = f"the extension eakd_kernels._C is not there ({error}); reinstall without EAKD_NO_EXT=1"
+    _sources = Path(__file__).parents[2]
+    _remedy = (
+        f"these are the sources in {_sources}, which hide an installed package: work in another folder, or "
+        "`pip install --editable .`, without EAKD_NO_EXT=1"
+        if (_sources / "csrc").is_dir()
+        else "reinstall without EAKD_NO_EXT=1"
+    )
+    _reason = f"the extension eakd_kernels._C is not there ({error}); {_remedy}"
 
 
 def unavailable_reason():

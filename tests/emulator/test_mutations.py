@@ -30,6 +30,17 @@ SCHEDULES = ["0", str(2**64 - 1), "5"]  # in order, reversed, random
 # Kernels<...> of driver/kernels.h. Mutants are of the first, which the driver runs first; the others are as they were.
 TYPES = ["float,3", "float,0", "__nv_bfloat16,1"]
 
+# One of each sort of bug, in every run of the tests. The others are for `make exhaustive`, and so are the kernels under
+# ASan, which `make sanitize` has in torch's process.
+ALWAYS = {
+    "vector_tail_too_long",
+    "merge_without_barrier",
+    "cluster_left_early",
+    "copy_not_awaited",
+    "cross_term_after_teacher_sum",
+}
+EXHAUSTIVE = pytest.mark.exhaustive
+
 # Of the driver's groups of cases, and for the slower builds the smaller ones of these.
 KERNELS = ["small", "resident", "ring", "stream", "two_pass", "total", "scale", "recipe"]
 GROUPS = {
@@ -122,7 +133,7 @@ def runs(request, tmp_path_factory):
 def jobs_of_kernels():
     for kind in FLAGS:
         for group in GROUPS[kind]:
-            yield pytest.param((kind, group), id=f"{kind}-{group}")
+            yield pytest.param((kind, group), id=f"{kind}-{group}", marks=[EXHAUSTIVE] if kind == "asan" else [])
 
 
 @pytest.mark.parametrize("job", list(jobs_of_kernels()))
@@ -136,7 +147,8 @@ def jobs_of_mutants():
     for name, mutant in MUTANTS.items():
         for kind in mutant.found:
             group = mutant.group if kind == "plain" else f"{mutant.group}:few"
-            yield pytest.param((kind, group, name), id=f"{name}-{kind}")
+            always = name in ALWAYS and kind != "asan"
+            yield pytest.param((kind, group, name), id=f"{name}-{kind}", marks=[] if always else [EXHAUSTIVE])
 
 
 @pytest.mark.parametrize("job", list(jobs_of_mutants()))

@@ -1,70 +1,30 @@
-# ruff: noqa: E402  (what is missing is said before anything is imported)
 """The page in Chromium, at the width of a phone and of a desk, in both themes. Pictures: out/screenshots."""
 
 import math
 import re
-import shutil
-from pathlib import Path
 
 import pytest
+from browsers import DESK, PHONE, SCREENSHOTS
 from token_pages import HOSTILE, hostile_passage, page, passage, prediction, row
 
 from eakd_kernels.report import Passage, View
 
-PROGRAMS = {name: shutil.which(name) for name in ("chromium", "chromedriver")}
-if missing := [name for name, path in PROGRAMS.items() if path is None]:
-    pytest.skip(f"needs {' and '.join(missing)}, of Debian's chromium-driver", allow_module_level=True)
-selenium = pytest.importorskip("selenium", reason="needs selenium, which is in the extra dev")
+pytest.importorskip("selenium", reason="needs selenium, which is in the extra dev")
 
-from selenium import webdriver
 from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 
-SCREENSHOTS = Path(__file__).parents[2] / "out" / "screenshots"
-PHONE, DESK = (390, 844), (1280, 860)
 SENTENCE = "The distillation loss of a token is weighted by what there is to learn from it, and by nothing else."
 WORDS = re.findall(r" ?\S+", 3 * f"{SENTENCE} ")
 WEIGHTS = [i / 100 for i in range(len(WORDS) - 1)]
 READABLE = passage(WORDS, WEIGHTS, WEIGHTS[::-1])
 
 
-@pytest.fixture(scope="module")
-def chromium():
-    options = webdriver.ChromeOptions()
-    options.binary_location = PROGRAMS["chromium"]
-    # Root, as which CI runs, has no sandbox; containers have a /dev/shm too small for pictures.
-    for switch in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu", "--hide-scrollbars"):
-        options.add_argument(switch)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(PROGRAMS["chromedriver"]))
-    yield driver
-    driver.quit()
-
-
 @pytest.fixture
-def opened(chromium, tmp_path):
-    """opened(passage, size=, **media): a browser that shows it. Whatever the test does, nothing may go wrong inside."""
-
-    def show(shown, size=DESK, **media):
-        file = tmp_path / "page.html"
-        file.write_text(page(shown), encoding="utf-8")
-        features = [{"name": name.replace("_", "-"), "value": value} for name, value in media.items()]
-        metrics = {"width": size[0], "height": size[1], "deviceScaleFactor": 1, "mobile": False}
-        chromium.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
-        chromium.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
-        chromium.get_log("browser")
-        chromium.get(file.as_uri())
-        away = ActionChains(chromium)
-        away.w3c_actions.pointer_action.move_to_location(0, 0)
-        away.perform()
-        return chromium
-
-    yield show
-    assert chromium.get_log("browser") == []
-    assert chromium.execute_script("return performance.getEntriesByType('resource').length") == 0
-    assert chromium.execute_script("return document.documentElement.scrollWidth <= innerWidth")
-    assert chromium.execute_script("return window.hacked") is None
+def opened(open_page):
+    """opened(passage, size=, **media): a browser that shows it."""
+    return lambda what, size=DESK, **media: open_page(page(what), size, **media)
 
 
 def tokens(browser, view=0):
