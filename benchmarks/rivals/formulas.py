@@ -33,5 +33,10 @@ def in_fp32(formula):
     return lambda student, teacher, labels=None: formula(student.float(), teacher.float())
 
 
+def in_fp64(formula):
+    """On the same logits, taken to fp64."""
+    return lambda student, teacher, labels=None: formula(student.double(), teacher.double())
+
+
 FORMULAS = {"none": kl, "ea": ea_kd}  # by their weights
 NAMES = {kl: "KL", cross_entropy: "cross-entropy", ea_kd: "EA-KD"}

@@ -3,14 +3,12 @@
 Three students start alike and see the same batches and the same teacher, in a Trainer of transformers, each in a
 process of its own. One learns by the formula in eager PyTorch, one by TRL's generalized_jsd_loss with entropies made
 beside it, one by this package. All of it is EA-KD at tau = t = 1: their loss curves must be the same, what they cost is
-not.
+not. A fourth process takes the first step's loss in fp64, which tells whose rounding is whose.
 """
 
 import argparse
 import importlib.util
-import json
 import os
-import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -32,24 +30,28 @@ from examples.distill_lm_models import load_teacher, logits_of, new_optimizer, n
 from ..gpu import why_no_gpu
 from ..measure import machine
 from ..memory import peak_bytes, resident_bytes, restart_peak
-from ..report import heading, markdown
+from ..report import Row, save
 from .entries import ours, weighted_mean
-from .formulas import ea_kd, in_fp32
-from .packages import RIVALS, load
+from .formulas import ea_kd, in_fp32, in_fp64
+from .packages import RIVALS, load, version_of
+from .training_table import BASELINE, REFERENCE, differences, text
 
 # Of the loss curves, relative. Losses differ by fp32's rounding, which training magnifies from step to step.
 TOLERANCE = 2e-4
 VOCABULARY = 49152  # of a teacher made at random; SmolLM2's
 BACKENDS = {"cpu": "cpu", "cuda": "triton"}
+TEACHERS = {"smollm2": "SmolLM2-135M", "random": "made at random"}
+COLUMNS = ("version", "vocab_size", "dtype", "step", "loss", "loss_ms", "step_ms", "peak_mb", "left_out")
 
 
 def losses(device: str) -> dict[str, Callable | str]:
     """Of [rows, vocab] logits, or why there is none."""
-    trl = load(RIVALS["trl"])
+    trl, backend = load(RIVALS["trl"]), BACKENDS[device]
     return {
-        "eager": in_fp32(ea_kd),
+        BASELINE: in_fp32(ea_kd),
         "trl": trl if isinstance(trl, str) else partial(weighted_mean, trl.of_rows, None),
-        "fused": partial(ours, weights="ea", backend=BACKENDS[device]),
+        f"eakd {backend}": partial(ours, weights="ea", backend=backend),
+        REFERENCE: in_fp64(ea_kd),
     }
 
 
@@ -106,8 +108,8 @@ def teacher_and_text(name: str, length: int, seed: int) -> tuple[nn.Module, Tens
     return teacher, split_text(tokenizer, length)[0]
 
 
-def train(name: str, options: argparse.Namespace) -> dict:
-    """In a fresh process: the history of every step, and the peak memory of training beyond both models."""
+def train(name: str, options: argparse.Namespace) -> list[Row]:
+    """For a fresh process: a row for every step, with the peak memory of training beyond both models."""
     torch.set_num_threads(options.threads)
     transformers.utils.logging.set_verbosity_error()
     teacher, windows = teacher_and_text(options.teacher, options.length, options.seed)
@@ -115,7 +117,7 @@ def train(name: str, options: argparse.Namespace) -> dict:
     optimizer = new_optimizer(student.to(options.device))
     settings = transformers.TrainingArguments(
         output_dir=str(options.out),
-        max_steps=options.steps,
+        max_steps=1 if name == REFERENCE else options.steps,
         per_device_train_batch_size=options.batch,
         seed=options.seed,
         use_cpu=options.device == "cpu",
@@ -135,7 +137,19 @@ def train(name: str, options: argparse.Namespace) -> dict:
     )
     trainer.remove_callback(transformers.PrinterCallback)
     peak = _peak_of(trainer.train, options.device)
-    return {"history": trainer.history, "peak_mb": peak / 1e6}
+    row = {
+        "version": version_of(RIVALS[name].package) if name in RIVALS else "",
+        "vocab_size": str(teacher.config.vocab_size),
+        "dtype": "fp32",
+    }
+    if name == REFERENCE:
+        return [row | {"step": "1", "loss": repr(trainer.history["loss"][0])}]
+    return [
+        row
+        | {"step": str(step), "loss": repr(loss)}
+        | {"loss_ms": f"{loss_ms:.4g}", "step_ms": f"{step_ms:.4g}", "peak_mb": f"{peak / 1e6:.4g}"}
+        for step, (loss, loss_ms, step_ms) in enumerate(zip(*trainer.history.values(), strict=True), 1)
+    ]
 
 
 def _peak_of(work: Callable, device: str) -> int:
@@ -151,46 +165,17 @@ def _peak_of(work: Callable, device: str) -> int:
     return peak_bytes() - before
 
 
-def differences(results: dict[str, dict]) -> dict[str, float]:
-    """The largest of every loss curve from that of the eager formula, relative."""
-    baseline = results["eager"]["history"]["loss"]
-    return {
-        name: max(abs(a - b) / abs(b) for a, b in zip(result["history"]["loss"], baseline, strict=True))
-        for name, result in results.items()
-    }
-
-
-def table(results: dict[str, dict]) -> str:
-    apart, lines = differences(results), []
-    for name, result in results.items():
-        history = result["history"]
-        first, *_, last = history["loss"]
-        lines.append(
-            {
-                "": name,
-                "loss, first step": f"{first:.5f}",
-                "last step": f"{last:.5f}",
-                "apart from eager": f"{apart[name]:.1e}",
-                # The first steps warm up, and other processes come and go.
-                "loss and gradient, ms": f"{statistics.median(history['loss_ms']):.1f}",
-                "step, ms": f"{statistics.median(history['step_ms']):.0f}",
-                "peak of training, MB": f"{result['peak_mb']:.0f}",
-            }
-        )
-    return markdown({column: [line[column] for line in lines] for column in lines[0]})
-
-
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     about = __doc__.split("\n\n")[1]
     parser = argparse.ArgumentParser(prog="python -m benchmarks.rivals.training", description=about)
     parser.add_argument("--device", choices=BACKENDS, default="cpu", help="default: %(default)s")
-    parser.add_argument("--teacher", choices=("smollm2", "random"), default="smollm2", help="default: %(default)s")
+    parser.add_argument("--teacher", choices=TEACHERS, default="smollm2", help="default: %(default)s")
     parser.add_argument("--steps", type=int, default=30, help="default: %(default)s")
     parser.add_argument("--batch", type=int, default=2, help="windows in a batch; default: %(default)s")
     parser.add_argument("--length", type=int, default=128, help="tokens in a window; default: %(default)s")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="default here: %(default)s")
-    parser.add_argument("--out", type=Path, default=Path("out/rivals"), help="folder for training.json")
+    parser.add_argument("--out", type=Path, default=Path("out/training"), metavar="FOLDER", help="for a CSV file")
     options = parser.parse_args(arguments)
     if options.device == "cuda" and (reason := why_no_gpu()):
         parser.exit(1, f"{reason}\n")
@@ -199,31 +184,35 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     return options
 
 
-def run(options: argparse.Namespace) -> dict[str, dict]:
-    """Each in a process of its own: memory that one has freed would serve the next unseen."""
-    results = {}
+def run(options: argparse.Namespace) -> list[Row]:
+    """A row for every step of every entry, or one that says why there is none."""
+    where = machine(options.device) | ({"threads": str(options.threads)} if options.device == "cpu" else {})
+    where |= {"device": options.device, "model": TEACHERS[options.teacher]}
+    where |= {name: str(getattr(options, name)) for name in ("batch", "length", "seed")}
+    rows = []
     for name, loss in losses(options.device).items():
+        row = where | {"provider": name} | dict.fromkeys(COLUMNS, "")
         if isinstance(loss, str):
             print(f"{name}: left out: {loss}", file=sys.stderr)
+            rows.append(row | {"left_out": loss})
             continue
-        print(f"{name}: {options.steps} steps", file=sys.stderr)
-        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as fresh:
-            results[name] = fresh.submit(train, name, options).result()
-    return results
+        print(f"{name}: {1 if name == REFERENCE else options.steps} steps", file=sys.stderr)
+        rows += [row | step for step in in_a_fresh_process(train, name, options)]
+    return rows
+
+
+def in_a_fresh_process(work: Callable, *arguments):
+    """Memory that one has freed would serve the next unseen."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as fresh:
+        return fresh.submit(work, *arguments).result()
 
 
 def main() -> None:
     options, started = parse(), time.perf_counter()
-    results = run(options)
-    options.out.mkdir(parents=True, exist_ok=True)
-    path = options.out / "training.json"
-    path.write_text(json.dumps(results, indent=1))
-    where = machine(options.device) | ({"threads": str(options.threads)} if options.device == "cpu" else {})
-    print(
-        f"{heading([where])} {options.steps} steps of {options.batch} x {options.length} tokens, teacher "
-        f"{options.teacher}; {time.perf_counter() - started:.0f} s in all.\n\n{table(results)}\n\nEvery number: {path}"
-    )
-    if not all(apart <= TOLERANCE for apart in differences(results).values()):
+    rows = run(options)
+    path = save(rows, options.out)
+    print(f"{text(rows)}\n\n{time.perf_counter() - started:.0f} s in all; written to {path}")
+    if not all(apart <= TOLERANCE for apart in differences(rows).values()):
         raise SystemExit(f"The loss curves differ by more than {TOLERANCE:g}: they should be those of one formula.")
 
 
