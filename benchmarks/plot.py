@@ -4,7 +4,8 @@ overview   time and memory of three cases, for README
 time       against the vocabulary
 ratios     how many times faster than eager PyTorch and torch.compile
 memory     peak and retained, against rows: of a file that python -m benchmarks.memory_over_rows wrote
-rivals-*   beside other packages: of a file that python -m benchmarks.rivals wrote
+rivals-*   beside other packages: of a file that python -m benchmarks.rivals wrote, and rivals-training of one that
+           python -m benchmarks.rivals.training wrote
 
 What is drawn from a measurement has the measurement's name as its id in the file.
 """
@@ -18,12 +19,15 @@ from .bars import overview, ratio_bars
 from .drawing import STYLE
 from .lines import memory_against_rows, time_against_vocabulary
 from .report import PLOTS, Row, device, kind, load, newest
+from .rivals import training_table
 from .rivals.pictures import PICTURES
+from .rivals.training_picture import training
 
 OF_KIND = {
     "times": {"overview": overview, "time": time_against_vocabulary, "ratios": ratio_bars},
     "memory": {"memory": memory_against_rows},
     "rivals": PICTURES,
+    "training": {training_table.PICTURE: training},
 }
 
 

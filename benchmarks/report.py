@@ -31,6 +31,9 @@ OPERATIONS = {"gradient": "", "labels": ", cross-entropy too", "statistics": ", 
 # Cases in the picture of README.
 HEADLINES = 3
 
+# Of results files, by a column that the later ones have not.
+KINDS = {"family": "rivals", "step": "training", "ms": "times"}
+
 Row = dict[str, str]
 
 
@@ -212,8 +215,8 @@ def device(rows: list[Row]) -> str:
 
 
 def kind(rows: list[Row]) -> str:
-    """Of a results file: "times", "rivals" beside other packages, or "memory" alone."""
-    return "rivals" if "family" in rows[0] else "times" if "ms" in rows[0] else "memory"
+    """Of a results file: "times", "rivals" beside other packages, "training" beside them, or "memory" alone."""
+    return next((name for column, name in KINDS.items() if column in rows[0]), "memory")
 
 
 def usual(rows: list[Row]) -> list[Row]:
@@ -272,7 +275,8 @@ def latest(folder: Path) -> list[Path]:
 
 def newest() -> list[Path]:
     """What README and docs show."""
-    return [path for folder in (RESULTS, RESULTS / "memory", RESULTS / "rivals") for path in latest(folder)]
+    folders = RESULTS, *(RESULTS / name for name in ("memory", "rivals", "training"))
+    return [path for folder in folders for path in latest(folder)]
 
 
 def _rounds(rows: list[Row]) -> str:

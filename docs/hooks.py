@@ -15,6 +15,7 @@ sys.path.insert(0, str(ROOT))  # benchmarks are no part of the installed package
 import eakd_kernels  # noqa: E402
 from benchmarks import linear, report  # noqa: E402
 from benchmarks.rivals import table as beside  # noqa: E402
+from benchmarks.rivals import training_table  # noqa: E402
 
 TAKE_OPTIONS = ("ea_dkd_loss", "distill_stats", "ea_weights", "fused_linear_ea_kd_loss", "topk_ea_kd_loss")
 
@@ -114,6 +115,10 @@ def rivals_measured() -> str:
     return _tables(report.RESULTS / "rivals", beside.for_docs)
 
 
+def rivals_trained() -> str:
+    return _tables(report.RESULTS / "training", training_table.for_docs)
+
+
 def _tables(folder: Path, table=report.for_docs) -> str:
     tables = "\n\n".join(table(report.load(path)) for path in report.latest(folder))
     return f'<div class="measured" markdown>\n{tables}\n</div>'
@@ -121,5 +126,14 @@ def _tables(folder: Path, table=report.for_docs) -> str:
 
 GENERATED = {
     f.__name__: f
-    for f in (options, functions, measured, methods_measured, linear_measured, rivals_called, rivals_measured)
+    for f in (
+        options,
+        functions,
+        measured,
+        methods_measured,
+        linear_measured,
+        rivals_called,
+        rivals_measured,
+        rivals_trained,
+    )
 }

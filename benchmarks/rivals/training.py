@@ -137,19 +137,19 @@ def train(name: str, options: argparse.Namespace) -> list[Row]:
     )
     trainer.remove_callback(transformers.PrinterCallback)
     peak = _peak_of(trainer.train, options.device)
-    row = {
-        "version": version_of(RIVALS[name].package) if name in RIVALS else "",
-        "vocab_size": str(teacher.config.vocab_size),
-        "dtype": "fp32",
-    }
-    if name == REFERENCE:
-        return [row | {"step": "1", "loss": repr(trainer.history["loss"][0])}]
-    return [
-        row
-        | {"step": str(step), "loss": repr(loss)}
-        | {"loss_ms": f"{loss_ms:.4g}", "step_ms": f"{step_ms:.4g}", "peak_mb": f"{peak / 1e6:.4g}"}
-        for step, (loss, loss_ms, step_ms) in enumerate(zip(*trainer.history.values(), strict=True), 1)
-    ]
+    described = {"vocab_size": str(teacher.config.vocab_size), "dtype": "fp32"}
+    return [described | step for step in steps_of(trainer.history, "" if name == REFERENCE else f"{peak / 1e6:.4g}")]
+
+
+def steps_of(history: dict[str, list[float]], peak_mb: str) -> list[Row]:
+    """Losses with all their digits, which are what is compared. Where no peak is told, no time is either."""
+    rows = []
+    for step, (loss, loss_ms, step_ms) in enumerate(zip(*history.values(), strict=True), 1):
+        row = {"step": str(step), "loss": repr(loss)}
+        if peak_mb:
+            row |= {"loss_ms": f"{loss_ms:.4g}", "step_ms": f"{step_ms:.4g}", "peak_mb": peak_mb}
+        rows.append(row)
+    return rows
 
 
 def _peak_of(work: Callable, device: str) -> int:
@@ -192,6 +192,8 @@ def run(options: argparse.Namespace) -> list[Row]:
     rows = []
     for name, loss in losses(options.device).items():
         row = where | {"provider": name} | dict.fromkeys(COLUMNS, "")
+        if name in RIVALS:
+            row["version"] = version_of(RIVALS[name].package)
         if isinstance(loss, str):
             print(f"{name}: left out: {loss}", file=sys.stderr)
             rows.append(row | {"left_out": loss})

@@ -74,11 +74,10 @@ def table(rows: list[Row]) -> str:
 
 def described(rows: list[Row]) -> str:
     """Where, when and what."""
-    row, steps = rows[0], max(map(len, by_provider(rows).values()))
-    return (
-        f"{heading(rows)} {steps} steps of {row['batch']} x {row['length']} tokens, teacher {row['model']}, vocabulary "
-        f"{int(row['vocab_size']):,}, logits in {row['dtype']}."
-    )
+    steps = by_provider(rows)[BASELINE]
+    row = steps[0]
+    shape = f"{row['batch']} x {row['length']} tokens, vocabulary {int(row['vocab_size']):,}, logits in {row['dtype']}"
+    return f"{heading(rows)} {len(steps)} steps of {shape}; teacher: {row['model']}."
 
 
 def text(rows: list[Row]) -> str:
