@@ -121,8 +121,7 @@ def test_the_picture_has_everyone_and_every_cost(tmp_path):
         assert f'id="{name}: loss"' in svg
         for cost in ("loss_ms", "loss_ms, quartiles", "step_ms", "step_ms, quartiles", "peak_mb"):
             assert f'id="{name}, made at random 1000x32 fp32: {cost}"' in svg
-    words = svg.replace("</text>", " ").replace("\n", " ")
-    assert "5.0e-04" in words and "first losses of" in words
+    assert "5.0e-04" in svg
     plot.draw([rows], tmp_path / "again")
     assert (tmp_path / "again" / path.name).read_bytes() == path.read_bytes()
 

@@ -10,7 +10,7 @@ from .pictures import LETTER, OURS, color_of, label_of
 from .training_table import BASELINE, by_provider, described, differences, summaries
 
 COSTS = {"loss_ms": "loss and gradient, ms", "step_ms": "whole step, ms", "peak_mb": "peak memory of training, MB"}
-WIDTHS = (7, 3.5, 1.4)  # of curves that coincide: what is drawn later leaves something to be seen of what is below
+WIDTHS = (8, 4.5, 1.6)  # of curves that coincide: what is drawn later leaves something to be seen of what is below
 
 
 def training(rows: list[Row]) -> Card:
@@ -20,9 +20,9 @@ def training(rows: list[Row]) -> Card:
     apart = max(value for name, value in differences(rows).items() if name != BASELINE)
     errors = ", ".join(f"{row['loss_error']} ({label_of(row['provider'])})" for row in entries)
     caption = (
-        f"{described(rows)} Bars are medians over steps, thin lines are quartiles; memory is beyond both models. The "
-        f"curves differ from that of {label_of(BASELINE)} by up to {apart:.1e}, relatively; off the same formula in "
-        f"fp64 are first losses of {errors}."
+        f"{described(rows)} Bars are medians over steps, thin lines are quartiles; memory is beyond both models. "
+        f"Relatively, the curves differ from that of {label_of(BASELINE)} by up to {apart:.1e}, and the first losses "
+        f"from the formula in fp64 by {errors}."
     )
     card = Card(830, top + len(COSTS) * group, "One loss curve, three costs", caption, LETTER)
     card.text(MARGIN, 60, "EA-KD loss, nats", color=MUTED, fontsize=9.5)
@@ -33,7 +33,7 @@ def training(rows: list[Row]) -> Card:
         card.text(left, y + 8, title, fontweight="bold")
         most = max(float(row.get(f"{column}_q3") or row[column]) for row in entries)
         box = left, y + header - 6, card.width - left - MARGIN, step * len(entries)
-        axes = bar_axes(card.axes(*box), len(entries) - 0.5, -0.5, 1.25 * most)
+        axes = bar_axes(card.axes(*box), len(entries) - 0.5, -0.5, 1.3 * most)
         for j, row in enumerate(entries):
             style = {"fontweight": "bold"} if row["provider"] in OURS else {}
             card.text(left - 8, box[1] + step * j + 15, label_of(row["provider"]), ha="right", **style)
