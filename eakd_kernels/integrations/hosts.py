@@ -2,10 +2,13 @@
 
 import importlib
 import inspect
+from collections.abc import Mapping
 from importlib import metadata
-from types import ModuleType
+from types import MappingProxyType, ModuleType
 
 from torch import Tensor, nn
+
+from ..options import check_keywords, keyword_names
 
 # The versions that the adapters were written and tested for.
 WRITTEN_FOR = {"transformers": "5.23", "trl": "1.16", "nvidia-modelopt": "0.47", "torchdistill": "1.1"}
@@ -40,14 +43,25 @@ def changed(distribution: str, owner: str, found: str, needed: str) -> RuntimeEr
     )
 
 
-def loss_module(kind: type[nn.Module], given: dict, decided: tuple[str, ...] = (), **defaults) -> nn.Module:
+def loss_module(
+    kind: type[nn.Module],
+    caller: str,
+    given: dict,
+    decided: tuple[str, ...] = (),
+    places: Mapping[str, str] = MappingProxyType({}),
+    **defaults,
+) -> nn.Module:
     """kind(**given), with settings for language models where there are none given.
 
-    Those are entropy_temperature=1 and weights in [0, 1], and then `defaults`. decided: options that the host decides.
+    Those are entropy_temperature=1 and weights in [0, 1], and then `defaults`. caller: what the user called or set, for
+    errors. decided: options that the host decides; places: of some of them, and of settings that the host alone has,
+    where they are set.
     """
-    for name in decided:
+    for name in dict.fromkeys((*decided, *places)):
         if name in given:
-            raise TypeError(f"{name} is for the host to decide, got {name}={given[name]!r}; leave it out")
+            what = f"set {places[name]}" if name in places else "leave it out"
+            raise TypeError(f"{caller}: {name} is for the host to decide, got {name}={given[name]!r}; {what}")
+    check_keywords(given, [name for name in keyword_names(kind) if name not in decided], caller)
     plain = isinstance(given.get("weighting"), str) and given["weighting"] == "none"  # the bound would divide it too
     settings = {"entropy_temperature": 1.0, "weight_norm": "none" if plain else "bound"}
     return kind(**{**settings, **defaults, **given})

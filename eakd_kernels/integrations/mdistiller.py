@@ -7,9 +7,12 @@ arguments behind the temperature, so these go by keyword here. Published entropi
 are about C * 1e-10 smaller.
 """
 
+from collections.abc import Callable
+
 from torch import Tensor
 
 from ..functional import ea_dkd_loss, ea_kd_loss
+from ..options import check_keywords, keyword_names
 
 
 def kd_loss(
@@ -35,6 +38,7 @@ def kd_loss(
             ImageNet; a tensor on a GPU makes the CPU wait for it.
         options: further ones of `ea_kd_loss`.
     """
+    _check(options, ea_kd_loss, kd_loss)
     own = {"standardize": logit_stand, **_weights(EA, t, H_ub)}
     classes_last = (logits.movedim(1, -1) for logits in (logits_student, logits_teacher))
     return ea_kd_loss(*classes_last, temperature=temperature, **own, **options)
@@ -64,10 +68,17 @@ def dkd_loss(
         LS: standardised logits, in the entropies too.
         options: further ones of `ea_dkd_loss`.
     """
+    _check(options, ea_dkd_loss, dkd_loss)
     own = {"standardize": "all" if LS else False, **_weights(EA, t, H_ub)}
     return ea_dkd_loss(
         logits_student, logits_teacher, target, alpha=alpha, beta=beta, temperature=temperature, **own, **options
     )
+
+
+def _check(options: dict, source: Callable, called: Callable) -> None:
+    """An unknown name is told of the function that was called."""
+    if options:
+        check_keywords(options, (*keyword_names(called), *keyword_names(source)), f"{called.__name__}()")
 
 
 def _weights(EA: bool, t: float, H_ub: float | None) -> dict:

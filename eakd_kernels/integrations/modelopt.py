@@ -30,7 +30,7 @@ class LogitsEAKDLoss(_Loss):
         super().__init__()
         losses = load("modelopt.torch.distill.losses", "nvidia-modelopt")
         expect(losses.LogitsDistillationLoss, "forward", LogitsEAKDLoss.forward, "nvidia-modelopt")
-        self.loss = loss_module(EAKDLoss, options, _DECIDED, reduction="none")
+        self.loss = loss_module(EAKDLoss, "LogitsEAKDLoss()", options, _DECIDED, reduction="none")
 
     def forward(self, logits_s: Tensor, logits_t: Tensor) -> Tensor:
         student, teacher = (getattr(given, "logits", given) for given in (logits_s, logits_t))

@@ -33,7 +33,7 @@ class KDLoss(nn.Module):
         super().__init__()
         own = {"ignore_index": ignore_index, "temperature": temperature, "process_group": tp_group}
         self.ignore_index = ignore_index
-        self.loss = loss_module(EAKDLoss, options, _DECIDED, **own)
+        self.loss = loss_module(EAKDLoss, f"{type(self).__name__}()", options, _DECIDED, **own)
 
     def forward(
         self,

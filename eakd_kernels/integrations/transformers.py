@@ -72,7 +72,8 @@ class EAKDTrainerMixin:
             raise changed("transformers", "Trainer", "no _loss_shifts_labels", "that, to count the tokens of the loss")
         self.model_accepts_loss_kwargs = True  # or Trainer would not count tokens
         self._loss_shifts_labels = self.shift_labels = shift_labels  # and it counts those of shifted labels
-        self.distillation_loss = loss_module(EAKDLoss, loss_options or {}, _DECIDED).to(self.args.device)
+        caller = f"loss_options of {type(self).__name__}"
+        self.distillation_loss = loss_module(EAKDLoss, caller, loss_options or {}, _DECIDED).to(self.args.device)
         if report is not None and recorder is not None:
             raise ValueError("report and recorder were both given: a report has a recorder of its own")
         self._loss_options = loss_options or {}

@@ -19,6 +19,11 @@ _DECIDED = ("divergence", "ignore_index", "mask", "num_items", "reduction", "ret
 _LOGITS_ARE_THE_HOSTS = ("student_logit_scale", "teacher_logit_scale", "student_softcap", "teacher_softcap")
 
 
+def _beta_of(config: str) -> dict[str, str]:
+    """Where TRL's trainer has its divergence, which it passes to the loss with every call."""
+    return dict.fromkeys(("beta", "divergence"), f"{config}(beta=...): 0 is KL(p || q), 1 is KL(q || p)")
+
+
 class Patch(AbstractContextManager):
     """owner.name replaced, from now on until `undo()` or the end of a with-block. A second patch takes the first one's
     place, and either's `undo` brings back TRL's own."""
@@ -45,7 +50,7 @@ def patch_gkd(**options) -> Patch:
 
     Raises RuntimeError where GKDTrainer's loss has another signature than in the TRL that this was written for.
     """
-    trainer, loss = load("trl.experimental.gkd", "trl").GKDTrainer, gkd_loss(**options)
+    trainer, loss = load("trl.experimental.gkd", "trl").GKDTrainer, _gkd_loss("patch_gkd()", options)
     expect(trainer, "generalized_jsd_loss", loss, "trl")
     return Patch(trainer, "generalized_jsd_loss", staticmethod(loss))
 
@@ -59,12 +64,17 @@ def gkd_loss(**options) -> Callable[..., Tensor]:
     "batchmean", by the rows kept times the vocabulary for "mean", and by nothing for "sum".
 
     options: those of `ea_kd_loss` but for what the call decides: divergence, temperature, ignore_index, mask,
-    num_items, reduction, return_stats. Defaults that differ: entropy_temperature=1.0, weight_norm="bound" (with
-    weighting="none": "none"), scale_by_temperature_squared=False.
+    num_items, reduction, return_stats. beta is GKDConfig's. Defaults that differ: entropy_temperature=1.0,
+    weight_norm="bound" (with weighting="none": "none"), scale_by_temperature_squared=False.
 
     The function raises ValueError for reduction "none", which TRL has for every column of every row.
     """
-    loss = loss_module(EAKDLoss, options, _DECIDED, scale_by_temperature_squared=False)
+    return _gkd_loss("gkd_loss()", options)
+
+
+def _gkd_loss(caller: str, options: dict) -> Callable[..., Tensor]:
+    places = _beta_of("GKDConfig")
+    loss = loss_module(EAKDLoss, caller, options, _DECIDED, places, scale_by_temperature_squared=False)
 
     def generalized_jsd_loss(
         student_logits,
@@ -112,7 +122,8 @@ def patch_distillation(**options) -> Patch:
 
     Raises RuntimeError where TRL's function has another signature than in the TRL that this was written for.
     """
-    trainer, loss = load("trl.trainer.distillation_trainer", "trl"), distillation_loss(**options)
+    trainer = load("trl.trainer.distillation_trainer", "trl")
+    loss = _distillation_loss("patch_distillation()", options)
     expect(trainer, "_chunked_divergence_loss", loss, "trl")
     return Patch(trainer, "_chunked_divergence_loss", loss)
 
@@ -129,8 +140,12 @@ def distillation_loss(**options) -> Callable[..., tuple[Tensor, Tensor, Tensor]]
     differ: entropy_temperature=1.0, weight_norm="bound" (with weighting="none": "none"),
     scale_by_temperature_squared=False.
     """
-    decided = (*_DECIDED, *_LOGITS_ARE_THE_HOSTS, "ce_weight")
-    loss = loss_module(FusedLinearEAKDLoss, options, decided, scale_by_temperature_squared=False)
+    return _distillation_loss("distillation_loss()", options)
+
+
+def _distillation_loss(caller: str, options: dict) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+    decided, places = (*_DECIDED, *_LOGITS_ARE_THE_HOSTS, "ce_weight"), _beta_of("DistillationConfig")
+    loss = loss_module(FusedLinearEAKDLoss, caller, options, decided, places, scale_by_temperature_squared=False)
 
     def chunked_divergence_loss(
         student_hidden_states,

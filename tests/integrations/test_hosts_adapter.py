@@ -100,14 +100,24 @@ def test_adapters_import_no_host():
     ],
 )
 def test_settings(given, shown):
-    assert repr(hosts.loss_module(EAKDLoss, given)).startswith(f"EAKDLoss({shown}")
+    assert repr(hosts.loss_module(EAKDLoss, "made_up()", given)).startswith(f"EAKDLoss({shown}")
 
 
 def test_settings_that_the_host_decides():
-    with pytest.raises(TypeError, match=r"mask is for the host to decide, got mask=3"):
-        hosts.loss_module(EAKDLoss, {"mask": 3}, ("mask",))
-    with pytest.raises(TypeError, match="did you mean 'mask'"):
-        hosts.loss_module(EAKDLoss, {"masks": 3}, ("mask",))
+    with pytest.raises(TypeError, match=r"^made_up\(\): mask is for the host to decide, got mask=3; leave it out$"):
+        hosts.loss_module(EAKDLoss, "made_up()", {"mask": 3}, ("mask",))
+    with pytest.raises(TypeError, match=r"beta is for the host to decide, got beta=3; set Config\(beta=\.\.\.\)$"):
+        hosts.loss_module(EAKDLoss, "made_up()", {"beta": 3}, ("mask",), {"beta": "Config(beta=...)"})
+
+
+def test_a_wrong_name_is_told_of_what_was_called():
+    with pytest.raises(
+        TypeError, match=r"^made_up\(\) got an unknown keyword 'reductoin'; did you mean 'reduction'\?$"
+    ):
+        hosts.loss_module(EAKDLoss, "made_up()", {"reductoin": 3}, ("mask",))
+    with pytest.raises(TypeError) as raised:  # what the host decides is no suggestion
+        hosts.loss_module(EAKDLoss, "made_up()", {"masks": 3}, ("mask",))
+    assert "'mask'" not in str(raised.value) and " mask," not in str(raised.value)
 
 
 @pytest.mark.parametrize("count, divisor", [(7, 7), (0, 1), (torch.tensor(7), 7), (torch.tensor(0), 1)])

@@ -45,6 +45,18 @@ def test_classes_are_the_second_dimension():
     assert torch.equal(kd_loss(student, teacher, 2.0), ea_kd_loss(*last, temperature=2.0))
 
 
+def test_a_wrong_name_is_told_of_what_was_called():
+    student, teacher = make_logits(4, 10)
+    with pytest.raises(TypeError, match=r"^kd_loss\(\) got an unknown keyword 'ce_wieght'; did you mean 'ce_weight'"):
+        kd_loss(student, teacher, 2.0, ce_wieght=0.1)
+    with pytest.raises(
+        TypeError, match=r"^kd_loss\(\) got an unknown keyword 'logit_stnad'; did you mean 'logit_stand'"
+    ):
+        kd_loss(student, teacher, 2.0, logit_stnad=True)
+    with pytest.raises(TypeError, match=r"^dkd_loss\(\) got an unknown keyword 'reductoin'; did you mean 'reduction'"):
+        dkd_loss(student, teacher, torch.arange(4), 1.0, 8.0, 2.0, reductoin="sum")
+
+
 def test_what_published_functions_disagree_about_goes_by_keyword():
     student, teacher = make_logits(4, 10)
     with pytest.raises(TypeError, match="positional"):

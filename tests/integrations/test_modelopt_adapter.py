@@ -92,6 +92,13 @@ def test_what_belongs_to_labels_is_refused(given):
         adapter.LogitsEAKDLoss(**given)
 
 
+def test_a_wrong_name_is_told_of_the_criterion():
+    with pytest.raises(
+        TypeError, match=r"^LogitsEAKDLoss\(\) got an unknown keyword 'tempature'; did you mean 'temper"
+    ):
+        adapter.LogitsEAKDLoss(tempature=2.0)
+
+
 def test_a_criterion_that_is_called_otherwise_is_refused(monkeypatch):
     monkeypatch.setattr(losses.LogitsDistillationLoss, "forward", lambda self, logits_s, logits_t, labels: None)
     with pytest.raises(

@@ -121,6 +121,14 @@ def test_chunks_that_do_not_cover_the_labels():
         ChunkedKDLoss(2)([student[:, :4]], [teacher[:, :4]], labels)
 
 
+@pytest.mark.parametrize("kind", [KDLoss, ChunkedKDLoss])
+def test_a_wrong_name_is_told_of_what_the_recipe_names(kind):
+    with pytest.raises(
+        TypeError, match=rf"^{kind.__name__}\(\) got an unknown keyword 'tempature'; did you mean 'temper"
+    ):
+        kind(tempature=2.0)
+
+
 def test_bf16_logits_are_not_rounded_again():
     student, teacher, labels = problem(torch.bfloat16)
     exact = ea_kd_loss(*(student.double(), teacher.double(), labels), entropy_temperature=1.0, weight_norm="bound")

@@ -127,6 +127,25 @@ def test_what_trl_decides_is_refused(factory, given):
         factory(**given)
 
 
+@pytest.mark.parametrize("name, config", [("gkd_loss", "GKDConfig"), ("distillation_loss", "DistillationConfig")])
+def test_beta_is_the_trainers(name, config):
+    """Neither the loss nor the patch has one: TRL passes its own with every call."""
+    wanted = rf"^{name}\(\): beta is for the host to decide, got beta=0\.3; set {config}\(beta=\.\.\.\)"
+    with pytest.raises(TypeError, match=wanted):
+        getattr(adapter, name)(beta=0.3)
+    with pytest.raises(TypeError, match=rf"set {config}\(beta="):
+        getattr(adapter, name)(divergence="reverse_kl")
+
+
+@pytest.mark.parametrize("patch", ["patch_gkd", "patch_distillation"])
+def test_errors_name_the_patch(patch):
+    gkd_trainer()
+    with pytest.raises(TypeError, match=rf"^{patch}\(\): beta is for the host to decide"):
+        getattr(adapter, patch)(beta=0.3)
+    with pytest.raises(TypeError, match=rf"^{patch}\(\) got an unknown keyword 'wieghting'; did you mean 'weighting'"):
+        getattr(adapter, patch)(wieghting="none")
+
+
 def test_gold_takes_other_arguments():
     """It passes probabilities through a function of the same name, and so is not patched."""
     gold = pytest.importorskip("trl.experimental.gold", reason=ABSENT)
