@@ -46,10 +46,9 @@ def _curves(axes: Axes, rows: list[Row]) -> None:
     entries = by_provider(rows)
     for width, (name, steps) in zip(WIDTHS[-len(entries) :], entries.items(), strict=True):
         losses = [float(row["loss"]) for row in steps]
-        style = {"linestyle": DASHES} if name in OURS else {}
-        (line,) = axes.plot(
-            [int(row["step"]) for row in steps], losses, linewidth=width, color=color_of(name), clip_on=False, **style
-        )
+        style = {"linewidth": width, "color": color_of(name), "clip_on": False}
+        style |= {"linestyle": DASHES} if name in OURS else {"solid_joinstyle": "round", "solid_capstyle": "round"}
+        (line,) = axes.plot([int(row["step"]) for row in steps], losses, **style)
         line.set_gid(f"{name}: loss")
         ends.append((losses[-1], label_of(name), color_of(name)))
     axes.set(xlabel="step", ylim=(0, None))
