@@ -123,6 +123,23 @@ def test_infinite_label_of_dkd_is_nan(side, kernels):
     assert gradient[0].isnan().any() and gradient[1].isfinite().all()
 
 
+@pytest.mark.parametrize("reduction", ["mean", "none"])  # one pass; gradient from saved statistics
+def test_masked_label_under_a_cap_does_not_move(reduction, kernels):
+    """Its slope is 0 times the cross-entropy's -1, whatever 1 - (z/cap)^2 is."""
+    student, teacher = logits_of(2, 50, seed=7)
+    student[0, 2] = -torch.inf
+    options = dict(student_softcap=5.0, weighting="none", kd_weight=0.0, ce_weight=1.0, reduction=reduction)
+
+    def gradient_of(dtype, backend):
+        z = leaf(student, dtype)
+        loss = ea_kd_loss(z, teacher.to(dtype), torch.tensor([2, 2]), **options, backend=backend)
+        return torch.autograd.grad(loss.mean(), z)[0].double()
+
+    got = gradient_of(torch.float32, kernels)
+    assert got[0, 2] == 0
+    torch.testing.assert_close(got, gradient_of(torch.float64, "reference"), rtol=4e-6, atol=1e-7)
+
+
 @pytest.mark.parametrize(
     "divergence",
     [*(d.SkewReverseKL(alpha) for alpha in (1e-9, 1e-6, 1e-4)), d.JSD(0.9999), d.JSD(1e-4), d.SkewForwardKL(0.9999)],

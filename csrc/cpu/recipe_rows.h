@@ -269,7 +269,8 @@ class RecipeRow {
     const double student = row_.label().student;
     if (here && recipe_.decoupled()) g[label] = T(at_label), z[label] = T(student);
     kernels_.finish_gradient(g, z, n, rounded);
-    if (here && own.basis.label != 0) {
+    const bool moves = own.cap == 0 || student != -INFINITY;  // a cap's slope out there is 0
+    if (here && own.basis.label != 0 && moves) {
       const double share = own.cap == 0 ? 0 : student / own.cap;
       g[label] += T(own.basis.label * own.scale * (1 - share * share));
     }
