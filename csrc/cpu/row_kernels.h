@@ -32,7 +32,7 @@ struct RowJob {
   const bool* keep = nullptr;                              // [rows]; null: all
   bool temperature_slopes = false;                         // fill B1, D1, Bbd
   bool gradient_over_student = false;
-  bool gradient_past_caches = false;  // too large to be in the cache when somebody reads it
+  bool gradient_past_caches = false;  // it is large, and the rows in work have the caches
 
   bool kept(int64_t row) const { return keep == nullptr || keep[row]; }
   int64_t segments() const { return (vocab_size + kSegment - 1) / kSegment; }
