@@ -18,6 +18,47 @@ struct Block {
   alignas(64) T values[kBlock + kLanes];
 };
 
+// ---- loops over columns ----------------------------------------------------------------------------------------
+
+// How many vectors a loop takes at a time, stage by stage, as far as registers go. One after the other, an
+// exponential's chain of operations is longer than what a core's scheduler sees of the loop, and a quarter of its units
+// has nothing to do.
+template <typename T>
+constexpr int kStrip = sizeof(T) == 8 ? 1 : EAKD_VECTOR_BYTES / 16;
+
+// One stage: f(u) of the strip's vectors u = 0 ... N - 1.
+template <typename T, int N>
+struct Strip {
+  Vec<T> vectors[N];
+
+  template <typename F>
+  explicit Strip(const F& f) {
+    each(0, [&](int u, int64_t) { vectors[u] = f(u); });
+  }
+  Vec<T> operator[](int u) const { return vectors[u]; }
+
+  // f(u, its column), of the strip that begins at column `first`
+  template <typename F>
+  static void each(int64_t first, const F& f) {
+#pragma GCC unroll 4
+    for (int u = 0; u < N; ++u)
+      f(u, first + u * kLanes);
+  }
+};
+
+// body(Width<N>(), first) for every strip of N vectors from column `first` on, n columns in all.
+template <int N>
+using Width = std::integral_constant<int, N>;
+template <typename T, typename Body>
+inline void each_strip(int64_t n, const Body& body) {
+  constexpr int N = kStrip<T>;
+  int64_t first = 0;
+  for (; first + N * kLanes <= n; first += N * kLanes)
+    body(Width<N>(), first);
+  for (; first < n; first += kLanes)
+    body(Width<1>(), first);
+}
+
 // ---- storage <-> blocks ----------------------------------------------------------------------------------------
 
 // n columns as T, padded with -inf; returns their maximum, which drops NaN (the sums keep it).

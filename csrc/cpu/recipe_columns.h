@@ -126,11 +126,11 @@ class RecipeColumns {
   void set_filled() { filled_ = true; }
   void set_kept_h() { kept_h_ = keeps(); }
 
+  bool reads_again(Side side) const { return keeps() && (side == kStudent || !takes_terms()); }
   // Where 2^(x/base) of a block is, or goes.
   T* base_room(Side side, int base, int64_t begin) const {
-    const bool read_again = side == kStudent || !takes_terms();
-    return keeps() && read_again ? kept_ + (2 * base + side) * row_room_ + begin
-                                 : scratch[side == kTeacher ? kBaseTeacher : kBaseStudent];
+    return reads_again(side) ? kept_ + (2 * base + side) * row_room_ + begin
+                             : scratch[side == kTeacher ? kBaseTeacher : kBaseStudent];
   }
   // Where h of a temperature stays between values and gradient; null where there is no room.
   T* room_for_h(int k, int64_t begin) const {

@@ -78,10 +78,10 @@ struct RecipeKernels {
   // e: 2^((x - centre) k)
   SideSums (*side_sums)(const T* x, const T* e, int64_t n, T centre, T k, bool second);
   double (*sum)(const T* e, int64_t n);
-  // Sums of one temperature and t in one loop, about the state's maxima; 2^b and 2^d into eb and ed. Columns from
-  // `next` on come into the cache meanwhile.
-  void (*fused_sums)(RowState<double>&, const T* y, const T* z, int64_t n, const Temperatures<double>&, T* eb, T* ed,
-                     const RowJob&, const RowPair&, int64_t next);
+  // Sums of one temperature and t in one loop, about the state's maxima, Bd if `cross`; 2^b and 2^d into eb and ed,
+  // or, null, nowhere. Columns from `next` on come into the cache meanwhile.
+  void (*fused_sums)(RowState<double>&, const T* y, const T* z, int64_t n, const Temperatures<double>&, bool cross,
+                     T* eb, T* ed, const RowJob&, const RowPair&, int64_t next);
   // Of the powers in `mask` of the block's eb and ed. entropies: one of them, or 0.
   void (*power_sums)(PowerSums&, const RecipeBlock<T>&, unsigned mask, int entropies);
   void (*kl_sums)(TauSums<double>&, const RecipeBlock<T>&, bool forward, bool reverse);

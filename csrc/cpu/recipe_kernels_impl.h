@@ -1,6 +1,7 @@
 // The loops of recipes (recipe_kernels.h) for the instruction set of the including file.
 #pragma once
 
+#include "alpha_beta_columns.h"
 #include "blocks.h"
 #include "recipe_kernels.h"
 #include "row_kernels_impl.h"
@@ -51,8 +52,11 @@ Moments<double> block_moments(const T* x, int64_t n) {
 
 template <typename T>
 void exponentials(const T* x, int64_t n, T centre, T k, T* out) {
-  for (int64_t i = 0; i < n; i += kLanes)
-    store(out + i, exp2_any<T>((load(x + i) - centre) * k));
+  each_strip<T>(n, [&](auto width, int64_t first) {
+    using Vectors = Strip<T, decltype(width)::value>;
+    const Vectors e([&](int u) { return exp2_any<T>((load(x + first + u * kLanes) - centre) * k); });
+    Vectors::each(first, [&](int u, int64_t i) { store(out + i, e[u]); });
+  });
 }
 
 template <int P, typename T>
@@ -233,33 +237,6 @@ void values(TauSums<double>& s, const RecipeBlock<T>& block, const Normalisers<T
   });
 }
 
-template <typename T>
-struct AlphaBetaColumn {
-  Vec<T> step, pull;
-
-  EAKD_HD AlphaBetaColumn(const RecipeBlock<T>& block, const AlphaBetaTerms<T>& by, int64_t i) {
-    // Deep enough that a share of a floor is one, too.
-    const Vec<T> x_p = raise_to((load(block.y + i) - block.my) * by.k, kDeepExp2Floor<T>);
-    const Vec<T> x_q = raise_to((load(block.z + i) - block.mz) * by.k, kDeepExp2Floor<T>);
-    const Vec<T> q_s = exp2_from_floor(x_q);
-    step = by.p_ratio * exp2_from_floor(x_p) - q_s;
-    pull = q_s - by.both_ratio * exp2_from_floor(x_q + by.share * (x_p - x_q));
-  }
-};
-
-// Keeps the pulls. By value: a loop that stores would ask for every field again.
-template <typename T>
-void alpha_beta_values(TauSums<double>& s, RecipeBlock<T> block, AlphaBetaTerms<T> by, T* keep) {
-  Vec<T> steps{}, pulls{};
-  for (int64_t i = 0; i < block.n; i += kLanes) {
-    const AlphaBetaColumn<T> c(block, by, i);
-    steps += c.step, pulls += c.pull;
-    if (keep != nullptr) store(keep + i, c.pull);
-  }
-  const double pull = sum<T>(pulls);
-  s.f += by.f_step * sum<T>(steps) + by.f_pull * pull, s.h += by.h * pull;
-}
-
 // value(i): what goes into the gradient of the columns from i on.
 template <typename T, typename Value>
 void add_columns(T* g, int64_t n, Write write, const Value& value) {
@@ -319,7 +296,7 @@ void add_gradient(T* g, const RecipeBlock<T>& block, const Normalisers<T>& by, c
 template <typename T>
 void add_alpha_beta_gradient(T* g, const RecipeBlock<T>& block, const AlphaBetaTerms<T>& by, T c, T q, Write write) {
   add_columns(g, block.n, write,
-              [=](int64_t i) { return c * AlphaBetaColumn<T>(block, by, i).pull + q * load(block.ed + i); });
+              [=](int64_t i) { return c * AlphaBetaColumns<T, 1>(block, by, i).pull[0] + q * load(block.ed + i); });
 }
 
 template <typename T>
@@ -359,9 +336,9 @@ void finish_gradient(T* g, const T* z, int64_t n, const OwnGradient<T>& own) {
 }
 
 template <typename T>
-void fused_sums(RowState<double>& s, const T* y, const T* z, int64_t n, const Temperatures<double>& k, T* eb, T* ed,
-                const RowJob& job, const RowPair& row, int64_t next) {
-  sum_block_for<T>(k)(s, y, z, n, k, eb, ed, Ahead(job, row, next));
+void fused_sums(RowState<double>& s, const T* y, const T* z, int64_t n, const Temperatures<double>& k, bool cross,
+                T* eb, T* ed, const RowJob& job, const RowPair& row, int64_t next) {
+  sum_block_for<T>(k)(s, y, z, n, k, cross, eb, ed, Ahead(job, row, next));
 }
 
 template <typename T>

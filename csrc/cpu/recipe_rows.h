@@ -117,9 +117,10 @@ class RecipeRow {
     RowState<double> s;
     s.My = row_.centre(one, begin), s.Mz = row_.centre(other, begin);
     const T *const y = row_.x[one] + begin, *const z = row_.x[other] + begin;
-    T* const e = row_.base_room(other, 0, begin);
+    T* const keep = row_.reads_again(one) ? row_.base_room(one, 0, begin) : nullptr;
+    T* const e = row_.base_room(other, 0, begin);  // reverse_sum reads it at once
     const Temperatures<double> k(row_.taus[0], job_.t);
-    kernels_.fused_sums(s, y, z, n, k, row_.base_room(one, 0, begin), e, job_.rows, *row_.pair, begin + kernels_.block);
+    kernels_.fused_sums(s, y, z, n, k, forward || reverse, keep, e, job_.rows, *row_.pair, begin + kernels_.block);
     TauSums<double>& sums = sums_.tau[0];
     (exchanged ? sums.Dd : sums.Bd) += s.Bd;
     if (exchanged) std::swap(s.A0, s.E0), std::swap(s.A1, s.E1), std::swap(s.B0, s.D0);

@@ -30,35 +30,41 @@ struct Ahead {
 
 // The sums of one block at both temperatures. With tau = T0/P and t = T0/Q for small integers, one exponential
 // u = 2^x, x = (y - My) log2(e)/T0, gives 2^b = u^P and 2^a = u^Q. P = Q = 0: no such ratio, two exponentials.
-// keep_b, keep_d: [n], where 2^b and 2^d are to stay; null: nowhere. `ahead` fetches the next block meanwhile.
+// cross: with Bd. keep_b, keep_d: [n], where 2^b and 2^d are to stay; null: nowhere. `ahead` fetches the next block
+// meanwhile.
 template <typename T, int P, int Q>
-void add_block_sums(RowState<double>& s, const T* y, const T* z, int64_t n, const Temperatures<double>& k, T* keep_b,
-                    T* keep_d, const Ahead& ahead) {
+void add_block_sums(RowState<double>& s, const T* y, const T* z, int64_t n, const Temperatures<double>& k, bool cross,
+                    T* keep_b, T* keep_d, const Ahead& ahead) {
   constexpr bool shared = P > 0;
+  constexpr int kP = shared ? P : 1, kQ = shared ? Q : 1;
   const T k0 = T(shared ? k.k_tau / P : k.k_tau), kt = T(k.k_t);
   const T my = centre<T>(s.My), mz = centre<T>(s.Mz);
   Vec<T> A0{}, A1{}, E0{}, E1{}, B0{}, Bd{}, D0{};
-  for (int64_t i = 0; i < n; i += kLanes) {
-    ahead.fetch(i);
-    const Vec<T> y_step = load(y + i) - my, z_step = load(z + i) - mz;
-    const Vec<T> xy = raise_to(y_step * k0, kExp2Floor<T>), xz_raw = z_step * k0;
-    const Vec<T> xz = raise_to(xz_raw, kExp2Floor<T>);
-    const Vec<T> uy = exp2_from_floor(xy), uz = exp2_from_floor(xz);
-    Vec<T> eb, ed, ea, ee, ay, az;
-    if constexpr (shared) {
-      eb = power<P>(uy), ed = power<P>(uz), ea = power<Q>(uy), ee = power<Q>(uz), ay = xy, az = xz;
-    } else {
-      // From the logits again: the floor at tau is not the floor at t.
-      ay = raise_to(y_step * kt, kExp2Floor<T>), az = raise_to(z_step * kt, kExp2Floor<T>);
-      eb = uy, ed = uz, ea = exp2_from_floor(ay), ee = exp2_from_floor(az);
-    }
-    B0 += eb, D0 += ed;
-    if (keep_b != nullptr) store(keep_b + i, eb), store(keep_d + i, ed);
-    // Unclamped student exponent: -inf under teacher mass is an infinite divergence. No mass, no term.
-    Bd += eb > T(0) ? eb * (xy - xz_raw) : Vec<T>{};
-    A1 += ea * ay, E1 += ee * az;
-    if constexpr (P != Q || !shared) A0 += ea, E0 += ee;
-  }
+  each_strip<T>(n, [&](auto width, int64_t first) {
+    using Vectors = Strip<T, decltype(width)::value>;
+    const Vectors y_step([&](int u) { return load(y + first + u * kLanes) - my; });
+    const Vectors z_step([&](int u) { return load(z + first + u * kLanes) - mz; });
+    const Vectors xy([&](int u) { return raise_to(y_step[u] * k0, kExp2Floor<T>); });
+    const Vectors xz_raw([&](int u) { return z_step[u] * k0; });
+    const Vectors xz([&](int u) { return raise_to(xz_raw[u], kExp2Floor<T>); });
+    const Vectors uy([&](int u) { return exp2_from_floor(xy[u]); }), uz([&](int u) { return exp2_from_floor(xz[u]); });
+    // From the logits again where nothing is shared: the floor at tau is not the floor at t.
+    const Vectors ay([&](int u) { return shared ? xy[u] : raise_to(y_step[u] * kt, kExp2Floor<T>); });
+    const Vectors az([&](int u) { return shared ? xz[u] : raise_to(z_step[u] * kt, kExp2Floor<T>); });
+    const Vectors ea([&](int u) { return shared ? power<kQ>(uy[u]) : exp2_from_floor(ay[u]); });
+    const Vectors ee([&](int u) { return shared ? power<kQ>(uz[u]) : exp2_from_floor(az[u]); });
+    Vectors::each(first, [&](int u, int64_t i) {
+      ahead.fetch(i);
+      const Vec<T> eb = power<kP>(uy[u]), ed = power<kP>(uz[u]);
+      B0 += eb, D0 += ed;
+      if (keep_b != nullptr) store(keep_b + i, eb);
+      if (keep_d != nullptr) store(keep_d + i, ed);
+      // Unclamped student exponent: -inf under teacher mass is an infinite divergence. No mass, no term.
+      if (cross) Bd += eb > T(0) ? eb * (xy[u] - xz_raw[u]) : Vec<T>{};
+      A1 += ea[u] * ay[u], E1 += ee[u] * az[u];
+      if constexpr (P != Q || !shared) A0 += ea[u], E0 += ee[u];
+    });
+  });
   // Exactly, so that first moments do not carry the rounding of k0.
   const double unit_tau = k.k_tau / k0, unit_t = k.k_t / (shared ? k0 : kt);
   s.B0 = sum<T>(B0), s.D0 = sum<T>(D0), s.Bd = sum<T>(Bd) * unit_tau;
@@ -89,7 +95,7 @@ void add_block_slopes(RowState<double>& s, const T* y, const T* z, int64_t n, co
 }
 
 template <typename T>
-using SumBlock = void (*)(RowState<double>&, const T*, const T*, int64_t, const Temperatures<double>&, T*, T*,
+using SumBlock = void (*)(RowState<double>&, const T*, const T*, int64_t, const Temperatures<double>&, bool, T*, T*,
                           const Ahead&);
 
 // The cheapest way to both temperatures: the first pair with P tau = Q t.
@@ -141,7 +147,7 @@ RowState<double> segment_state(const RowJob& job, const RowPair& row, const Temp
       keep_b = kept->teacher + begin, keep_d = kept->student + begin;
       kept->teacher_max[begin / kBlock] = y.max, kept->student_max[begin / kBlock] = z.max;
     }
-    sum_block(block, y.values, z.values, n, k, keep_b, keep_d, Ahead(job, row, begin + kBlock));
+    sum_block(block, y.values, z.values, n, k, true, keep_b, keep_d, Ahead(job, row, begin + kBlock));
     if (job.labels != nullptr)
       block.F0 = k.tau == 1 ? block.D0 : k.t == 1 ? block.E0 : block_hard_sum(z.values, n, centre<T>(block.Mz));
     if (job.temperature_slopes) add_block_slopes(block, y.values, z.values, n, k);
@@ -160,10 +166,15 @@ template <typename T>
 void divergence_gradient(const T* y, const T* z, int64_t n, const Temperatures<T>& k, const GradientBasis<T>& c, T* g,
                          const Ahead& ahead) {
   const T my = centre<T>(c.My), mz = centre<T>(c.Mz);
-  for (int64_t i = 0; i < n; i += kLanes) {
-    ahead.fetch(i);
-    store(g + i, c.q * exp2_any<T>((load(z + i) - mz) * k.k_tau) + c.p * exp2_any<T>((load(y + i) - my) * k.k_tau));
-  }
+  each_strip<T>(n, [&](auto width, int64_t first) {
+    using Vectors = Strip<T, decltype(width)::value>;
+    const Vectors ed([&](int u) { return exp2_any<T>((load(z + first + u * kLanes) - mz) * k.k_tau); });
+    const Vectors eb([&](int u) { return exp2_any<T>((load(y + first + u * kLanes) - my) * k.k_tau); });
+    Vectors::each(first, [&](int u, int64_t i) {
+      ahead.fetch(i);
+      store(g + i, c.q * ed[u] + c.p * eb[u]);
+    });
+  });
 }
 
 // The same from exponentials relative to the block's maxima. The block of an empty side holds zeros.

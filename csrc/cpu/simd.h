@@ -137,8 +137,7 @@ inline V raise_to(V x, T floor) {
   return larger(V{} + floor, x);
 }  // keeps NaN
 
-// 2^x for -2^20 < x < 128; 0 from the floor down, NaN for NaN. x = n + f with an integer n and |f| <= 1/2, and a
-// minimax polynomial of degree 6 for 2^f, 2e-9 before rounding.
+// 2^f for |f| <= 1/2, by a minimax polynomial of degree 6, 2e-9 before rounding.
 inline VecF exp2_polynomial(VecF f, float one = 1.0f) {
   // Estrin's order: half the latency of Horner's, which is what bounds the loops around it.
   const VecF f2 = f * f;
@@ -147,11 +146,21 @@ inline VecF exp2_polynomial(VecF f, float one = 1.0f) {
   return f2 * (f2 * high + middle) + (f * 6.93147206e-1f + one);
 }
 #if EAKD_HAS_SCALEF
+// 2^x for -2^18 < x < 128; 0 from the floor down, NaN for NaN. x = n + f with n a multiple of 1/16 and |f| <= 1/32:
+// 2^floor(n), which scalef takes from n, times 2^(n - floor(n)) from a register, times 2^f by a minimax polynomial of
+// degree 3, 1.6e-9 before rounding.
 inline VecF exp2_from_floor(VecF x) {
-  const __m512 n = _mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  return (VecF)_mm512_scalef_ps((__m512)exp2_polynomial(x - (VecF)n), n);
+  const float magic = 786432.0f;  // 1.5 * 2^19: adding it rounds to a multiple of 1/16, left in the low mantissa bits
+  const VecF table = {1.0f,        1.04427378f, 1.09050773f, 1.13878863f, 1.18920712f, 1.24185781f,
+                      1.29683955f, 1.35425555f, 1.41421356f, 1.47682615f, 1.54221083f, 1.61049033f,
+                      1.68179283f, 1.75625216f, 1.83400809f, 1.91520656f};
+  const VecF rounded = x + magic, n = rounded - magic, f = x - n;
+  const VecF share = (VecF)_mm512_permutexvar_ps((__m512i)rounded, (__m512)table);
+  const VecF slope = f * (f * 5.55021365e-2f + 2.40234288e-1f) + 6.93147183e-1f;
+  return (VecF)_mm512_scalef_ps((__m512)(share * f * slope + share), (__m512)n);
 }
 #else
+// The same. x = n + f with an integer n.
 inline VecF exp2_from_floor(VecF x) {
   const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, left in the low mantissa bits
   const VecF rounded = x + magic;
