@@ -142,7 +142,7 @@ def test_the_page_has_every_measurement(path):
     assert max(training_table.differences(rows).values()) <= training.TOLERANCE
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_all_losses_learn_the_same(tmp_path):
     """With a teacher made at random, three steps of two short windows; TRL's where it is installed."""
     sizes = ["--steps", "3", "--batch", "2", "--length", "16", "--threads", "1"]
