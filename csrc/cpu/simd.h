@@ -62,7 +62,7 @@ inline V larger(V a, V b) {
 #if defined(__x86_64__)
   if constexpr (std::is_same_v<V, VecF>) {
 #if EAKD_VECTOR_BYTES == 64
-    return (VecF)_mm512_max_ps((__m512)a, (__m512)b);
+    return (VecF)_mm512_maskz_max_ps(0xffff, (__m512)a, (__m512)b);  // GCC 12 warns of the header's plain one
 #elif EAKD_VECTOR_BYTES == 32
     return (VecF)_mm256_max_ps((__m256)a, (__m256)b);
 #else
