@@ -27,9 +27,12 @@ OF_HOPPER = {
     **dict.fromkeys(("resident_rows", "stream_rows", "recipe_rows"), CLUSTERS),
     "ring_rows": CLUSTERS | COPIES,
 }
-# sm_100 runs the code of sm_90a, and compiling all of it takes a minute and more: the two with most of Hopper's stand
-# for the others.
-ON_SM_100 = {"resident_rows", "ring_rows"}
+# Compiling all of it for one target takes a minute and more. sm_100 runs the code of sm_90a: the two with most of
+# Hopper's stand for the others. sm_80's others are for `make exhaustive`.
+SAMPLES = {
+    "sm_80": {"small_rows", "resident_rows", "row_gradient", "scale", "total"},
+    "sm_100": {"resident_rows", "ring_rows"},
+}
 
 # Kernels that must not pass: one without the registers for its columns, and one whose vectors are not aligned.
 BAD_CHOICES = {
@@ -54,12 +57,16 @@ BAD_SOURCE = """
 """
 
 
+def targets_of(file):
+    return tuple(target for target in TARGETS if file in SAMPLES.get(target, (file,)))
+
+
 @pytest.fixture(scope="session")
 def compiled(tmp_path_factory):
     """Kernels by file. stream_rows.cu takes longest and is begun first."""
     folder = tmp_path_factory.mktemp("cuda")
     sources = sorted(CSRC.rglob("*.cu"), reverse=True)
-    jobs = {source.stem: (source, TARGETS if source.stem in ON_SM_100 else TARGETS[:2], folder) for source in sources}
+    jobs = {source.stem: (source, targets_of(source.stem), folder) for source in sources}
     for name, definitions in BAD_CHOICES.items():
         source = folder / f"{name}.cu"
         source.write_text(BAD_SOURCE.format(definitions))
@@ -115,12 +122,18 @@ def complaints(kernel):
     return found
 
 
+def assert_fast(kernels):
+    assert not {str(kernel): complaints(kernel) for kernel in kernels if complaints(kernel)}
+
+
 def test_every_kernel_is_found(compiled):
     """The same ones for every target, so that no check below passes because names were not understood."""
-    first, second, few = (sorted((k.family, k.arguments) for k in kernels_for(compiled, t)) for t in TARGETS)
-    assert {family for family, _ in first} == PARAMETERS.keys()
-    assert len(set(first)) == len(first) > 100
-    assert second == first and few == [kernel for kernel in first if kernel[0] in ON_SM_100]
+    found = {t: sorted((k.family, k.arguments) for k in kernels_for(compiled, t)) for t in TARGETS}
+    every = found["sm_90a"]
+    assert {family for family, _ in every} == PARAMETERS.keys()
+    assert len(set(every)) == len(every) > 100
+    for target, families in SAMPLES.items():
+        assert found[target] == [kernel for kernel in every if kernel[0] in families]
     pairs = {tuple(kernel.sides) for kernel in kernels_for(compiled, "sm_90a") if kernel.width > 1}
     assert pairs == {(16, 16), (16, 8), (16,)}
 
@@ -129,15 +142,21 @@ def test_every_kernel_is_found(compiled):
 def test_kernels_are_fast(compiled, target):
     """No stack, no static shared memory, registers within the table; vectors in vector instructions, and each of
     Hopper's instructions exactly where it belongs."""
-    assert not {str(kernel): complaints(kernel) for kernel in kernels_for(compiled, target) if complaints(kernel)}
+    assert_fast(kernels_for(compiled, target))
+
+
+@pytest.mark.exhaustive
+def test_the_others_on_sm_80_are_fast(tmp_path):
+    rest = [source for source in CSRC.rglob("*.cu") if source.stem not in SAMPLES["sm_80"]]
+    found = compile_all({source.stem: (source, ("sm_80",), tmp_path) for source in rest})
+    assert found.keys() == {"stream_rows", "ring_rows", "recipe_rows"} and all(found.values())
+    assert_fast([kernel for kernels in found.values() for kernel in kernels])
 
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_shared_exponentials(compiled, target):
     """Where t is a multiple of tau, each column pair takes two exponentials less in the fast sums."""
     vectors = {"resident_rows": RESIDENT_VECTORS, "stream_rows": BATCH, "ring_rows": RING_BATCH}
-    if target == "sm_80":
-        del vectors["ring_rows"]
     alike = {}
     for kernel in kernels_for(compiled, target):
         if kernel.family in vectors and kernel.width > 1:
