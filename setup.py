@@ -15,7 +15,9 @@ def flags():
     """(for the C++ compiler, for the linker)"""
     debug = os.environ.get("EAKD_DEBUG") == "1"
     sanitize = [f"-fsanitize={kinds}"] if (kinds := os.environ.get("EAKD_SANITIZE")) else []
-    return [*(["-O0", "-g"] if debug else ["-O3", "-g0"]), *sanitize], sanitize
+    # Sanitized code compiles in half the time at -O1, and runs no slower.
+    optimize = ["-O0", "-g"] if debug else ["-O1" if sanitize else "-O3", "-g0"]
+    return [*optimize, *sanitize], sanitize
 
 
 def cpu_extension(cpp_extension):
