@@ -40,7 +40,7 @@ demo-vision: $(VENV)/.installed $(VENV)/.digits
 	$(PY) examples/distill_vision.py
 
 demo-rivals: $(VENV)/.installed $(VENV)/.teacher $(VENV)/.others
-	$(PY) -m benchmarks.rivals.training --threads 2 --out out/training
+	$(PY) -m benchmarks.rivals.training --threads 2
 
 test: emulator $(VENV)/.others
 	$(PY) -m pytest -n $(WORKERS) --dist loadfile -m "not exhaustive"

@@ -105,11 +105,9 @@ def distance(got, want):
 
 
 def doubled(teacher):
-    return (
-        tuple(x.double() if x.is_floating_point() else x for x in teacher)
-        if isinstance(teacher, tuple)
-        else teacher.double()
-    )
+    if isinstance(teacher, tuple):
+        return tuple(x.double() if x.is_floating_point() else x for x in teacher)
+    return teacher.double()
 
 
 def check(world, widths, student, teacher, labels, options, function=ea_kd_loss, backend="cpu", collectives=1):

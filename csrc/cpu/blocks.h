@@ -21,8 +21,8 @@ struct Block {
 // ---- loops over columns ----------------------------------------------------------------------------------------
 
 // How many vectors a loop takes at a time, stage by stage, as far as registers go. One after the other, an
-// exponential's chain of operations is longer than what a core's scheduler sees of the loop, and a quarter of its units
-// has nothing to do.
+// exponential's chain of operations is longer than what a core's scheduler sees of the loop, and units have nothing to
+// do.
 template <typename T>
 constexpr int kStrip = sizeof(T) == 8 ? 1 : EAKD_VECTOR_BYTES / 16;
 
